@@ -1,0 +1,62 @@
+"""python -m kdlib COMMAND: the course's commands. Arguments in, rooms called, text out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from kdlib.errors import KdlibError
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kdlib", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    quick = commands.add_parser(
+        "quickstart", help="distil the shipped teacher into a small student"
+    )
+    quick.add_argument("--out", default="quickstart", help="folder for the results")
+    quick.add_argument("--seed", type=int, default=0)
+    quick.add_argument(
+        "--seconds", type=float, help="aim for a run of about this length"
+    )
+    quick.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    quick.set_defaults(run=quickstart)
+
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.run(arguments) or 0
+    except KdlibError as error:
+        print(f"kdlib: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "\nStopped. What was finished is kept; the same command goes on from there.",
+            file=sys.stderr,
+        )
+        return 130
+
+
+def quickstart(arguments) -> None:
+    quiet_transformers()
+    from kdlib import quickstart
+
+    seconds = quickstart.SECONDS if arguments.seconds is None else arguments.seconds
+    facts = quickstart.run(arguments.out, seed=arguments.seed, seconds=seconds)
+    if arguments.json:
+        print(json.dumps(facts))
+    else:
+        print(quickstart.report(facts))
+
+
+def quiet_transformers() -> None:
+    """Our own progress bar is enough."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

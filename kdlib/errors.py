@@ -1,0 +1,37 @@
+"""The package's exceptions. Each names the thing that is wrong and the remedy."""
+
+
+class KdlibError(Exception):
+    """Base of every error that kdlib raises on purpose.
+
+    what:   the argument, file or quantity, with the value that was seen
+    remedy: what to do about it, in one sentence
+    """
+
+    def __init__(self, what: str, remedy: str):
+        self.what, self.remedy = what, remedy
+        super().__init__(f"{what}\n  Remedy: {remedy}")
+
+
+class ArgumentError(KdlibError, ValueError):
+    """An argument has a value that cannot work."""
+
+
+class DataError(KdlibError, ValueError):
+    """Examples, splits or cached targets cannot be used as they are."""
+
+
+class AlignmentError(DataError):
+    """Teacher's and student's views do not hold the same response tokens."""
+
+
+class ModelError(KdlibError, RuntimeError):
+    """A model or tokenizer cannot be found, read or combined."""
+
+
+class StorageError(KdlibError, OSError):
+    """A file could not be written; nothing half-written was left behind."""
+
+
+class TrainingError(KdlibError, RuntimeError):
+    """Training cannot go on, or would go on wrongly."""

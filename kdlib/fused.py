@@ -1,0 +1,677 @@
+"""Divergences from hidden states: the [N, V] logits never exist all at once.
+
+Knows: hidden states, the two output heads, and how to walk over them. Does not know a
+divergence of its own: divergences.py says what is computed, this file only how.
+
+The problem. For N response tokens over a vocabulary of V, teacher and student make two
+[N, V] matrices of logits, and autograd keeps several more. At N = 8192, V = 151,936
+each takes 2.5 GB in bfloat16, and reading them again and again costs more time than
+making them.
+
+The idea. A row of logits is needed only until the gradient of its own loss is known. So
+take a few rows, compute their logits, overwrite the student's logits with the gradient,
+multiply that gradient into the head and into the hidden states, and forget it:
+
+    for a panel of rows:                          # G stays in memory for one panel
+        for a chunk of rows of the panel:         # teacher logits: for one chunk
+            S = h_s W_s^T,  T = h_t W_t^T         # matrix products 1 and 2
+            per_token, G = D(S, T), dD/dS         # elementwise; G overwrites S
+        d h_s  = G W_s                            # product 3
+        d W_s += G^T h_s                          # product 4, summed in float32
+
+Four matrix products are the least that any method needs, and no product is done twice.
+
+The price. The gradient exists before autograd says what the loss is multiplied by. A
+number that multiplies the whole loss can wait for the backward pass; a weight per token
+cannot. So weights per token go IN (`token_weights`), one differentiable scalar comes
+out, and the per-token values beside it are detached.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from kdlib.divergences import DIVERGENCES, get_divergence
+from kdlib.errors import ArgumentError, ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jaxtyping import Float
+    from torch import Tensor
+
+# Triton compiles for CUDA alone; its interpreter runs the same kernel on a CPU (tests).
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = bool(
+    (torch.cuda.is_available() or INTERPRETED) and find_spec("triton") is not None
+)
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+GIB = 2**30
+# Bytes for the buffers of logits and gradients. On CUDA: few panels, because each one
+# reads and writes all of d W_s once more. On a CPU: what its caches can hold.
+WORKSPACE = {"cuda": 3 * GIB // 2, "cpu": GIB // 16, "mps": GIB // 4}
+# Rows that plain torch differentiates at once, counted in logits: autograd's half dozen
+# temporaries of that size should stay in a CPU's cache, or fill a GPU.
+SLICE = {"cuda": 2**25, "cpu": 2**19, "mps": 2**23}
+# Bytes of a row that a Triton program takes at once. Three such blocks a side are under
+# way, which fills a multiprocessor: few rows are then in progress together, and more of
+# each is still in the L2 cache for the next pass.
+BLOCK_BYTES = 16384
+# float16 has no exponent to spare: a gradient below 6e-8 would vanish. Gradients of
+# weight 1 are stored times this, which leaves room up to 255 above.
+FLOAT16_GAIN = 256.0
+
+
+@dataclass(frozen=True)
+class Head:
+    """An output head: logits = cap(scale * (hidden W^T + bias)).
+
+    weight:  [V, H]
+    bias:    [V] or None
+    scale:   multiplies the logits (Cohere's logit_scale, 1 / Granite's logits_scaling)
+    softcap: c > 0 for cap(z) = c tanh(z / c) (Gemma), or None
+    """
+
+    weight: Float[Tensor, "v h"]
+    bias: Float[Tensor, " v"] | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, model) -> Head:
+        """The head of a Hugging Face causal LM, checked on a few tokens.
+
+        Models disagree about what multiplies the logits and under which name. So the
+        guess from the config is compared with the model's own logits.
+
+        Raises ModelError where the two differ.
+        """
+        config, linear = model.config.get_text_config(), model.get_output_embeddings()
+        head = cls(
+            linear.weight,
+            getattr(linear, "bias", None),
+            getattr(config, "logit_scale", 1) / getattr(config, "logits_scaling", 1),
+            getattr(config, "final_logit_softcapping", None),
+        )
+        tokens = torch.arange(min(8, len(linear.weight)), device=linear.weight.device)
+        with torch.no_grad():
+            output = model(tokens[None], output_hidden_states=True, use_cache=False)
+            rebuilt = head.logits(output.hidden_states[-1])
+        gap = (rebuilt - output.logits).abs().max() / output.logits.abs().max()
+        if not gap <= max(1e-5, 2 * torch.finfo(rebuilt.dtype).eps):
+            raise ModelError(
+                f"{type(model).__name__}: logits differ by {gap:.1e} (relative) from"
+                " cap(scale * (hidden W^T + bias))",
+                "build Head(weight, bias, scale, softcap) by hand, or do not fuse",
+            )
+        return head
+
+    def logits(self, hidden: Float[Tensor, "*n h"]) -> Float[Tensor, "*n v"]:
+        """All logits at once: the meaning that the fused path must equal."""
+        return self.shape(torch.nn.functional.linear(hidden, self.weight, self.bias))
+
+    def shape(self, logits: Tensor) -> Tensor:
+        """Scale, then soft cap."""
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+
+class FusedDivergence(NamedTuple):
+    total: Float[Tensor, ""]  # sum over n of token_weights[n] * per_token[n]
+    per_token: Float[Tensor, " n"]  # detached
+
+
+def fused_divergence(
+    student_hidden: Float[Tensor, "n h_s"],
+    student_head: Head,
+    teacher_hidden: Float[Tensor, "n h_t"],
+    teacher_head: Head,
+    *,
+    divergence: str = "forward_kl",
+    temperature: float = 1.0,
+    token_weights: Float[Tensor, " n"] | None = None,
+    exact: bool = False,
+    workspace: int | None = None,
+    **params: float,
+) -> FusedDivergence:
+    """sum_n token_weights[n] D_n and the D_n, from hidden states, in nats.
+
+    The meaning is, term for term,
+
+        D = get_divergence(divergence, **params)
+        per_token = D(student_head.logits(student_hidden),
+                      teacher_head.logits(teacher_hidden), temperature=temperature)
+        total = (token_weights * per_token).sum()
+
+    Pass the rows that count, `view.select(hidden)`: what is not passed is not
+    projected. Columns beyond min(V_s, V_t) are never computed.
+
+    Gradient: of `total` alone, to student_hidden and to the student head's weight and
+      bias, whichever require it (detach the weight and its product is saved). The
+      teacher gets none. Everything that multiplies tokens differently (1/num_items,
+      1/length for sequence means, T^2) belongs in token_weights, which is a constant.
+      A sharded head (FSDP) has to be gathered first.
+    exact: keep the logits of half-precision models in float32. Without it they are
+      rounded to the model's dtype, as its own forward pass does. Sums are in float32
+      either way, and float32 or float64 models are computed as they are.
+    workspace: bytes for the buffers, besides the float32 sum of the head's gradient.
+
+    On CUDA the divergences with a closed form below run in one Triton kernel; all
+    others, and other devices, take their gradient from autograd, slice by slice. Under
+    autocast the products run in its dtype. There is no second derivative.
+
+    Raises ArgumentError for arguments that do not fit together.
+    """
+    # Under torch.compile a graph break: it takes the model around this function. Not as
+    # a decorator, which would import the compiler for everyone.
+    run = torch.compiler.disable(_run) if torch.compiler.is_compiling() else _run
+    return run(
+        *(student_hidden, student_head, teacher_hidden, teacher_head),
+        *(divergence, temperature, token_weights, exact, workspace, params),
+    )
+
+
+def _run(
+    student_hidden,
+    student_head,
+    teacher_hidden,
+    teacher_head,
+    divergence,
+    temperature,
+    token_weights,
+    exact,
+    workspace,
+    params,
+) -> FusedDivergence:
+    function = get_divergence(divergence, **params)
+    _check(student_hidden, student_head, teacher_hidden, teacher_head)
+    _check_numbers(temperature, student_head, teacher_head, workspace)
+    rows = student_hidden.shape[0]
+    if token_weights is None:
+        token_weights = torch.ones(rows, device=student_hidden.device)
+    if token_weights.shape != (rows,):
+        raise ArgumentError(
+            f"token_weights {list(token_weights.shape)} for {rows} rows",
+            "pass one weight a row of student_hidden",
+        )
+    job = _Job(
+        student_head=student_head,
+        teacher_head=teacher_head,
+        teacher_hidden=teacher_hidden,
+        student_dtype=_product_dtype(student_hidden),
+        teacher_dtype=_product_dtype(teacher_hidden),
+        exact=exact,
+        workspace=workspace or WORKSPACE.get(student_hidden.device.type, GIB // 4),
+        token_weights=token_weights.detach(),
+        temperature=temperature,
+        function=function,
+        closed_form=_closed_form(divergence, params),
+        wants_gradient=torch.is_grad_enabled(),  # inside _Fused it never is
+    )
+    return FusedDivergence(
+        *_Fused.apply(student_hidden, student_head.weight, student_head.bias, job)
+    )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What stays the same for every chunk."""
+
+    student_head: Head
+    teacher_head: Head
+    teacher_hidden: Tensor
+    student_dtype: torch.dtype  # of the matrix products' operands
+    teacher_dtype: torch.dtype
+    exact: bool
+    workspace: int
+    token_weights: Tensor
+    temperature: float
+    function: Callable
+    closed_form: tuple[str, float] | None
+    wants_gradient: bool
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, job):
+        wants_hidden, wants_weight, wants_bias = (
+            job.wants_gradient and needed for needed in ctx.needs_input_grad[:3]
+        )
+        wants_any = wants_hidden or wants_weight or wants_bias
+        rows, vocab = len(hidden), min(len(weight), len(job.teacher_head.weight))
+        wide = torch.promote_types(job.student_dtype, torch.float32)
+        # Under autocast these casts copy; otherwise they cost nothing.
+        h_s, w_s = hidden.to(job.student_dtype), weight[:vocab].to(job.student_dtype)
+        h_t = job.teacher_hidden.to(job.teacher_dtype)
+        w_t = job.teacher_head.weight[:vocab].to(job.teacher_dtype)
+
+        gain = torch.ones((), dtype=wide, device=hidden.device)
+        if job.student_dtype == torch.float16 and rows:
+            largest = job.token_weights.abs().max().to(wide)
+            gain = FLOAT16_GAIN / torch.where(largest > 0, largest, 1.0)
+        row_weights = job.token_weights.to(wide) * gain
+
+        # The three sums. torch.empty, because the first panel writes without reading.
+        new = functools.partial(torch.empty, dtype=wide, device=hidden.device)
+        per_token = new(rows)
+        d_hidden = new(hidden.shape) if wants_hidden else None
+        d_weight = new(weight.shape) if wants_weight else None
+        d_bias = new(bias.shape).zero_() if wants_bias else None
+        if d_weight is not None:
+            d_weight[vocab if rows else 0 :].zero_()  # the columns of one side alone
+
+        s_dtype = wide if job.exact else job.student_dtype
+        t_dtype = torch.promote_types(job.teacher_dtype, torch.float32)
+        t_dtype = t_dtype if job.exact else job.teacher_dtype
+        in_place = s_dtype == job.student_dtype  # can G overwrite S?
+        chunk, panel = _rows(job, vocab, s_dtype, t_dtype, in_place, wants_any)
+        buffer = functools.partial(_buffer, vocab=vocab, device=hidden.device)
+        gradients = buffer(min(panel, rows), dtype=job.student_dtype)
+        t_logits = buffer(min(chunk, rows), dtype=t_dtype)
+        s_logits = None if in_place else buffer(min(chunk, rows), dtype=s_dtype)
+        use_triton = job.closed_form and _uses_triton(hidden.device)
+        differentiate = _by_triton if use_triton else _by_autograd
+
+        for first in range(0, rows, panel):
+            last = min(first + panel, rows)
+            g_panel = gradients[: last - first]
+            for start in range(first, last, chunk):
+                stop = min(start + chunk, last)
+                g = g_panel[start - first : stop - first]
+                s = g if in_place else s_logits[: stop - start]
+                t = t_logits[: stop - start]
+                _project(s, h_s[start:stop], w_s, job.student_head.bias)
+                _project(t, h_t[start:stop], w_t, job.teacher_head.bias)
+                g_out = g if wants_any else None
+                here = slice(start, stop)
+                differentiate(s, t, g_out, per_token[here], row_weights[here], job)
+            if d_hidden is not None:
+                _product(d_hidden[first:last], g_panel, w_s)
+            if d_weight is not None:
+                h_panel = h_s[first:last]
+                _product(d_weight[:vocab], g_panel.T, h_panel, add=first > 0)
+            if d_bias is not None:
+                d_bias[:vocab] += g_panel.sum(0, dtype=wide)
+
+        ctx.save_for_backward(d_hidden, d_weight, d_bias, gain)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(per_token)
+        return (per_token * job.token_weights.to(wide)).sum(), per_token
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream, _):
+        *sums, gain = ctx.saved_tensors
+        # Not in place: the graph may be kept and run backward again. Scaling and the
+        # only rounding to the parameters' dtype are one pass.
+        factor = upstream.to(gain.dtype) / gain
+        scaled = (
+            None
+            if total is None
+            else torch.mul(total, factor, out=torch.empty_like(total, dtype=dtype))
+            for total, dtype in zip(sums, ctx.dtypes, strict=True)
+        )
+        return *scaled, None
+
+
+# ------------------------------------------------------------------ matrix products
+
+
+def _product(out, a, b, add=False) -> None:
+    """out = a b, or out += a b, never rounded on the way to out's dtype."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b, beta=float(add))  # beta = 0 does not read `out`
+    elif out.device.type != "cuda":  # no such product there: widen the operands
+        out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=float(add))
+    elif add:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def _project(logits, hidden, weight, bias) -> None:
+    if bias is not None:
+        logits.copy_(bias[: logits.shape[1]].expand_as(logits))
+    _product(logits, hidden, weight.T, add=bias is not None)
+
+
+def _padded(vocab) -> int:
+    # Rows start at multiples of 64 numbers: aligned for tensor cores and wide loads
+    # even where V is odd (50,257).
+    return -(-vocab // 64) * 64
+
+
+def _buffer(rows, *, vocab, dtype, device) -> Tensor:
+    return torch.empty(rows, _padded(vocab), dtype=dtype, device=device)[:, :vocab]
+
+
+def _rows(job, vocab, s_dtype, t_dtype, in_place, wants_gradient) -> tuple[int, int]:
+    """(rows of a chunk, rows of a panel) that the workspace has room for."""
+    vocab = _padded(vocab)
+    chunk = job.workspace // (5 * vocab * max(s_dtype.itemsize, t_dtype.itemsize))
+    chunk = max(1, chunk)
+    if chunk > 128:
+        chunk -= chunk % 128  # whole tiles of a matrix product
+    if not wants_gradient:
+        return chunk, chunk
+    logits = chunk * vocab * (t_dtype.itemsize + (0 if in_place else s_dtype.itemsize))
+    room = (job.workspace - logits) // (chunk * vocab * job.student_dtype.itemsize)
+    return chunk, chunk * max(1, room)
+
+
+# --------------------------------------------------- loss and gradient, any divergence
+
+
+def _by_autograd(s, t, out, per_token, row_weights, job) -> None:
+    """per_token = D(s, t) and out = row_weights * dD/ds; `out` may be `s` itself."""
+    step = max(1, SLICE.get(s.device.type, 2**23) // s.shape[1])
+    wide = torch.promote_types(s.dtype, torch.float32)
+    for first in range(0, len(s), step):
+        rows = slice(first, first + step)
+        with torch.set_grad_enabled(out is not None):
+            logits = s[rows].detach().to(wide).requires_grad_(out is not None)
+            teacher = job.teacher_head.shape(t[rows].to(wide))
+            student = job.student_head.shape(logits)
+            values = job.function(student, teacher, temperature=job.temperature)
+        per_token[rows] = values.detach()
+        if out is not None:
+            weights = row_weights[rows].to(values.dtype)
+            (out[rows],) = torch.autograd.grad(values, logits, weights)
+
+
+# ----------------------------------------------------- loss and gradient, in one kernel
+#
+# Every divergence here is D = sum_v d(p_t, p_s), and through the softmax
+#
+#     dD/dz_s = (a - p_s sum_v a) / T      with a = p_s * (partial of d by p_s),
+#
+# where a constant added to the partial cancels. With x = log p_t - log p_s and a
+# mixture m = w p_t + (1 - w) p_s:
+#
+#                       d                          a                            sum a
+#     forward_kl        p_t x                      -p_t                         -1
+#     cross_entropy     -p_t log p_s               -p_t                         -1
+#     reverse_kl        -p_s x                     -p_s x                       D
+#     kl_mix            (1 - lam), lam times the   same                         same
+#     generalized_jsd   beta p_t log(p_t / m)      (1 - beta) p_s log(p_s / m)  pass 2
+#                       + (1 - beta) p_s log(p_s / m)
+#     skew_kl           p_t log(p_t / m)           -(1 - alpha) p_s p_t / m     pass 2
+#     skew_reverse_kl   p_s log(p_s / m)           p_s log(p_s / m)             pass 2
+#                                                  - alpha p_s p_s / m
+#
+# Where `sum a` is known beforehand, two passes over the row do: one for the softmaxes'
+# normalisers (and D of reverse_kl), one for the loss and the gradient. Others need one
+# more. A pass reads 2 V logits, the time of the kernel, so each pass runs against the
+# direction of the one before: what was read last is still in the cache.
+
+
+def _closed_form(name, params) -> tuple[str, float] | None:
+    """(name, parameter) for the kernel; None where it has no closed form."""
+    known = ("forward_kl", "reverse_kl", "cross_entropy", "kl_mix")
+    if name not in (*known, "generalized_jsd", "skew_kl", "skew_reverse_kl"):
+        return None
+    defaults = DIVERGENCES[name].__kwdefaults__
+    values = [v for k, v in {**defaults, **params}.items() if k != "temperature"]
+    value = float(values[0]) if values else 0.0
+    ends = {
+        "kl_mix": {0.0: "forward_kl", 1.0: "reverse_kl"},
+        "generalized_jsd": {0.0: "forward_kl", 1.0: "reverse_kl"},
+        "skew_kl": {0.0: "forward_kl"},
+        "skew_reverse_kl": {0.0: "reverse_kl"},
+    }
+    return ends.get(name, {}).get(value, name), value
+
+
+def _uses_triton(device) -> bool:
+    return HAS_TRITON and (device.type == "cuda" or INTERPRETED)
+
+
+def _by_triton(s, t, out, per_token, row_weights, job) -> None:
+    kind, value = job.closed_form
+    mixture = {"generalized_jsd": value, "skew_kl": value, "skew_reverse_kl": 1 - value}
+    wide = torch.promote_types(s.dtype, t.dtype) == torch.float64
+    block = BLOCK_BYTES // max(s.dtype.itemsize, t.dtype.itemsize)
+    block = min(block, triton.next_power_of_2(s.shape[1]))
+    with torch.cuda.device_of(s):  # Triton launches on the current device
+        _kernel[(len(s),)](
+            *(s, s.stride(0), t, t.stride(0)),
+            *(s if out is None else out, 0 if out is None else out.stride(0)),
+            *(per_token, row_weights, s.shape[1]),
+            *_shape_numbers(job.student_head, job.temperature),
+            *_shape_numbers(job.teacher_head, job.temperature),
+            *(value, mixture.get(kind, 0.0)),
+            KIND=kind,
+            S_CAPPED=job.student_head.softcap is not None,
+            T_CAPPED=job.teacher_head.softcap is not None,
+            WRITE=out is not None,
+            DTYPE=tl.float64 if wide else tl.float32,
+            BLOCK=block,
+            num_warps=max(1, block // 256),  # 8 logits a thread
+        )
+
+
+def _shape_numbers(head, temperature) -> tuple[float, float]:
+    """(outer, inner): z = outer * tanh(inner * logit), or outer * logit, with 1/T."""
+    if head.softcap is None:
+        return head.scale / temperature, 1.0
+    return head.softcap / temperature, head.scale / head.softcap
+
+
+def _jit(function):
+    return triton.jit(function) if HAS_TRITON else function
+
+
+@_jit
+def _z(
+    ptr, stride, columns, vocab, outer, inner, CAPPED: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Logits over temperature, -inf beyond the vocabulary, and their slope."""
+    # Up to the stride, a multiple of 64, not to the vocabulary: 16 bytes a load.
+    raw = tl.load(ptr + columns, mask=columns < stride, other=0.0).to(DTYPE)
+    if CAPPED:
+        tanh = 2 * tl.sigmoid(2 * inner * raw) - 1
+        shaped, slope = outer * tanh, outer * inner * (1 - tanh * tanh)
+    else:
+        shaped, slope = outer * raw, tl.zeros_like(raw) + outer
+    return tl.where(columns < vocab, shaped, float("-inf")), slope
+
+
+@_jit
+def _terms(log_ps, log_pt, value, weight, KIND: tl.constexpr):
+    """(d, a, p_s) of the table above. 0 log 0 is 0, and 0 (inf - inf) as well."""
+    ps, pt = tl.exp(log_ps), tl.exp(log_pt)
+    x = log_pt - log_ps
+    forward, reverse = tl.where(pt > 0, pt * x, 0.0), tl.where(ps > 0, -ps * x, 0.0)
+    if KIND == "forward_kl":
+        d, a = forward, -pt
+    elif KIND == "cross_entropy":
+        d, a = tl.where(pt > 0, -pt * log_ps, 0.0), -pt
+    elif KIND == "reverse_kl":
+        d, a = reverse, reverse
+    elif KIND == "kl_mix":
+        d = (1 - value) * forward + value * reverse
+        a = value * reverse - (1 - value) * pt
+    else:
+        # Everything is taken relative to the larger probability: e = smaller / larger,
+        # r = m / larger. So nothing overflows, and x = 0 gives log r = 0 exactly.
+        e = tl.exp(-tl.abs(x))
+        r = 1 + tl.where(x > 0, 1 - weight, weight) * (e - 1)
+        pt_log = tl.where(pt > 0, -pt * (tl.maximum(-x, 0.0) + tl.log(r)), 0.0)
+        ps_log = tl.where(ps > 0, -ps * (tl.maximum(x, 0.0) + tl.log(r)), 0.0)
+        if KIND == "generalized_jsd":
+            d = value * pt_log + (1 - value) * ps_log
+            a = (1 - value) * ps_log
+        elif KIND == "skew_kl":
+            d = pt_log
+            a = tl.where(ps > 0, -(1 - value) * ps * tl.where(x > 0, 1.0, e) / r, 0.0)
+        else:
+            d = ps_log
+            a = ps_log - value * tl.where(ps > 0, ps * tl.where(x > 0, e, 1.0) / r, 0.0)
+    return d, a, ps
+
+
+@_jit
+def _kernel(
+    s_ptr,
+    s_stride,
+    t_ptr,
+    t_stride,
+    out_ptr,
+    out_stride,
+    per_token_ptr,
+    row_weight_ptr,
+    vocab,
+    s_outer,
+    s_inner,
+    t_outer,
+    t_inner,
+    value,
+    weight,
+    KIND: tl.constexpr,
+    S_CAPPED: tl.constexpr,
+    T_CAPPED: tl.constexpr,
+    WRITE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a row: the row's loss, and its gradient written over `out`."""
+    row = tl.program_id(0).to(tl.int64)
+    s_ptr += row * s_stride
+    t_ptr += row * t_stride
+    out_ptr += row * out_stride
+    lanes = tl.arange(0, BLOCK)
+    last = (vocab - 1) // BLOCK
+
+    # Pass 1, forwards: log-sum-exp of both sides. Every lane keeps a maximum and a sum
+    # of its own, so that lanes need not meet before the end, and pays one exponential a
+    # logit: of the smaller minus the larger, whichever of the two is new.
+    s_max = tl.full([BLOCK], -1e38, DTYPE)  # finite: -inf minus -inf is NaN
+    t_max = tl.full([BLOCK], -1e38, DTYPE)
+    s_sum = tl.zeros([BLOCK], DTYPE)
+    t_sum = tl.zeros([BLOCK], DTYPE)
+    gap = tl.zeros([BLOCK], DTYPE)  # sum of e^z_s (z_s - z_t), for reverse_kl
+    for i in tl.range(0, last + 1, num_stages=3):
+        columns = i * BLOCK + lanes
+        s, _ = _z(s_ptr, s_stride, columns, vocab, s_outer, s_inner, S_CAPPED, DTYPE)
+        t, _ = _z(t_ptr, t_stride, columns, vocab, t_outer, t_inner, T_CAPPED, DTYPE)
+        e = tl.exp(-tl.abs(s - s_max))
+        if KIND == "reverse_kl" or KIND == "kl_mix":
+            apart = tl.where(s > float("-inf"), s - t, 0.0)
+            gap = tl.where(s > s_max, gap * e + apart, gap + apart * e)
+        s_sum = tl.where(s > s_max, s_sum * e + 1, s_sum + e)
+        s_max = tl.maximum(s_max, s)
+        e = tl.exp(-tl.abs(t - t_max))
+        t_sum = tl.where(t > t_max, t_sum * e + 1, t_sum + e)
+        t_max = tl.maximum(t_max, t)
+    s_top, t_top = tl.max(s_max, 0), tl.max(t_max, 0)
+    s_total = tl.sum(s_sum * tl.exp(s_max - s_top), 0)
+    t_total = tl.sum(t_sum * tl.exp(t_max - t_top), 0)
+    s_norm, t_norm = s_top + tl.log(s_total), t_top + tl.log(t_total)
+
+    # sum a: known, or from pass 1, or by pass 2, backwards.
+    sum_a = s_norm * 0 - 1
+    if KIND == "reverse_kl" or KIND == "kl_mix":
+        reverse = tl.sum(gap * tl.exp(s_max - s_top), 0) / s_total - s_norm + t_norm
+        share = value if KIND == "kl_mix" else 1.0
+        sum_a = share * reverse - (1 - share)
+    elif KIND != "forward_kl" and KIND != "cross_entropy" and WRITE:
+        sums = tl.zeros([BLOCK], DTYPE)
+        for i in tl.range(0, last + 1, num_stages=3):
+            columns = (last - i) * BLOCK + lanes
+            s, _ = _z(
+                s_ptr, s_stride, columns, vocab, s_outer, s_inner, S_CAPPED, DTYPE
+            )
+            t, _ = _z(
+                t_ptr, t_stride, columns, vocab, t_outer, t_inner, T_CAPPED, DTYPE
+            )
+            _, a, _ = _terms(s - s_norm, t - t_norm, value, weight, KIND)
+            sums += a
+        sum_a = tl.sum(sums, 0)
+
+    # The last pass: the loss, and the gradient over the student's logits.
+    row_weight = tl.load(row_weight_ptr + row)
+    losses = tl.zeros([BLOCK], DTYPE)
+    backwards = KIND == "forward_kl" or KIND == "cross_entropy"
+    backwards = backwards or KIND == "reverse_kl" or KIND == "kl_mix"
+    for i in tl.range(0, last + 1, num_stages=3):
+        columns = ((last - i) if backwards else i) * BLOCK + lanes
+        s, slope = _z(
+            s_ptr, s_stride, columns, vocab, s_outer, s_inner, S_CAPPED, DTYPE
+        )
+        t, _ = _z(t_ptr, t_stride, columns, vocab, t_outer, t_inner, T_CAPPED, DTYPE)
+        d, a, ps = _terms(s - s_norm, t - t_norm, value, weight, KIND)
+        losses += d
+        if WRITE:
+            g = (a - ps * sum_a) * slope * row_weight
+            g = g.to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + columns, g, mask=columns < out_stride)
+    tl.store(per_token_ptr + row, tl.sum(losses, 0))
+
+
+# ------------------------------------------------------------------------- arguments
+
+
+def _product_dtype(hidden) -> torch.dtype:
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype
+
+
+def _check(student_hidden, student_head, teacher_hidden, teacher_head) -> None:
+    for side, hidden, head in (
+        ("student", student_hidden, student_head),
+        ("teacher", teacher_hidden, teacher_head),
+    ):
+        seen = f"{side}_hidden {list(hidden.shape)} {hidden.dtype}"
+        seen += f", {side}_head.weight {list(head.weight.shape)} {head.weight.dtype}"
+        if hidden.dim() != 2:
+            raise ArgumentError(seen, "select the response rows first: pass [N, H]")
+        if head.weight.dim() != 2 or head.weight.shape[1] != hidden.shape[1]:
+            raise ArgumentError(seen, "pass hidden [N, H] and weight [V, H], equal H")
+        if head.bias is not None and head.bias.shape != head.weight.shape[:1]:
+            raise ArgumentError(
+                f"{side}_head.bias {list(head.bias.shape)} with {seen}", "pass bias [V]"
+            )
+        autocast = torch.is_autocast_enabled(hidden.device.type)
+        if not hidden.is_floating_point() or (
+            hidden.dtype != head.weight.dtype and not autocast
+        ):
+            raise ArgumentError(seen, "cast one to the other's dtype, or use autocast")
+    if len(student_hidden) != len(teacher_hidden):
+        raise ArgumentError(
+            f"{len(student_hidden)} student rows, {len(teacher_hidden)} teacher rows",
+            "select the same response tokens, in the same order, from both views",
+        )
+    tensors = (student_hidden, student_head.weight, teacher_hidden, teacher_head.weight)
+    devices = {str(tensor.device) for tensor in tensors}
+    if len(devices) > 1:
+        raise ArgumentError(
+            f"tensors on {sorted(devices)}", "move both sides to one device"
+        )
+
+
+def _check_numbers(temperature, student_head, teacher_head, workspace) -> None:
+    for name, value in {
+        "temperature": temperature,
+        "student_head.scale": student_head.scale,
+        "teacher_head.scale": teacher_head.scale,
+        "student_head.softcap": student_head.softcap,
+        "teacher_head.softcap": teacher_head.softcap,
+        "workspace": workspace,
+    }.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ArgumentError(f"{name} = {value}", "choose a finite number above 0")

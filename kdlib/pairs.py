@@ -1,0 +1,513 @@
+"""From a pair of inputs to one batch with two views of the same response.
+
+The teacher reads the full input (context c, user input z), the student reads a
+simplified one x' = (c', z), and both are asked for the next-token distribution at
+every token of the same response y:
+
+    teacher's view:  [ c  z  |  y_1 y_2 ... y_n end ]
+    student's view:  [ c' z  |  y_1 y_2 ... y_n end ]
+
+The prompts differ in length, so y starts at another column on each side. This file
+knows where, and proves that both sides hold the same response tokens in the same
+order. It knows nothing of losses and models. The case c' = c is ordinary
+distillation; then both views are equal bit for bit.
+
+Notation: Xiao & Zhu, Foundations of Large Language Models, ch. 3 (arXiv 2501.09223).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import zip_longest
+from typing import TYPE_CHECKING
+
+import torch
+
+from kdlib.errors import AlignmentError, ArgumentError, DataError, ModelError
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int64, Shaped
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+TRUNCATE_CONTEXT = ("left", "right", "never")
+SEPARATOR = "\n"  # between context, user input and response where no template rules
+
+
+@dataclass(frozen=True)
+class PairedExample:
+    """One training example, as text: x = (context, user_input) for the teacher,
+    x' = (simplified_context, user_input) for the student, one response for both.
+    """
+
+    user_input: str
+    response: str
+    context: str = ""
+    simplified_context: str = ""
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """An example as token ids. The response stands once, so both sides share it.
+
+    truncated_teacher, truncated_student: tokens that cutting the context saved
+    """
+
+    example_id: int
+    teacher_prompt_ids: list[int]
+    student_prompt_ids: list[int]
+    response_ids: list[int]
+    truncated_teacher: int = 0
+    truncated_student: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """One side's input to its model.
+
+    input_ids:       token ids, padded on the right
+    attention_mask:  True where a token is real
+    completion_mask: True where a token belongs to the response, its end included
+
+    Raises ArgumentError where shapes differ or a mask is not bool (an integer mask
+    would select rows by number instead of masking them).
+    """
+
+    input_ids: Int64[Tensor, "B T"]
+    attention_mask: Bool[Tensor, "B T"]
+    completion_mask: Bool[Tensor, "B T"]
+
+    def __post_init__(self):
+        for name in ("attention_mask", "completion_mask"):
+            mask = getattr(self, name)
+            if mask.dtype != torch.bool or mask.shape != self.input_ids.shape:
+                raise ArgumentError(
+                    f"{name} is {mask.dtype} {tuple(mask.shape)}, "
+                    f"input_ids has shape {tuple(self.input_ids.shape)}",
+                    f"pass {name} as a bool tensor [B, T], for example mask.bool()",
+                )
+
+    def select(self, x: Shaped[Tensor, "B T ..."]) -> Shaped[Tensor, "N ..."]:
+        """What the model says about each response token, row after row.
+
+        The output at position t predicts the token at t + 1, so the first response
+        token is predicted from the last position of the prompt. This line is the
+        only place where that shift is made.
+
+        x: logits, hidden states or any other output, one for each input position
+        Raises ArgumentError where x does not have the view's B and T.
+        """
+        if x.shape[:2] != self.input_ids.shape:
+            raise ArgumentError(
+                f"x has shape {tuple(x.shape)}, the view "
+                f"[B, T] = {list(self.input_ids.shape)}",
+                "pass the model's output for the whole view, not yet shifted or cut",
+            )
+        return x[:, :-1][self.completion_mask[:, 1:]]
+
+    def to(self, device: torch.device | str) -> View:
+        return View(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class PairedBatch:
+    """Two views of B examples with N response tokens in all.
+
+    response_ids: the token that each selected position has to predict
+    row_ids:      the row (0 .. B-1) that each response token belongs to
+    example_ids:  the number of each row's example in its data set
+    truncated:    tokens that cutting the context saved, (teacher's, student's)
+    """
+
+    teacher: View
+    student: View
+    response_ids: Int64[Tensor, " N"]
+    row_ids: Int64[Tensor, " N"]
+    example_ids: Int64[Tensor, " B"]
+    truncated: Int64[Tensor, "B 2"] | None = None
+
+    @classmethod
+    def from_views(
+        cls,
+        teacher: View,
+        student: View,
+        example_ids: Int64[Tensor, " B"],
+        truncated: Int64[Tensor, "B 2"] | None = None,
+    ) -> PairedBatch:
+        """Prove that the views hold the same responses, then make the batch.
+
+        Raises AlignmentError with the first row and position at which they differ.
+        """
+        check_alignment(teacher, student, example_ids)
+        targets = student.completion_mask[:, 1:]
+        return cls(
+            teacher=teacher,
+            student=student,
+            response_ids=student.input_ids[:, 1:][targets],
+            row_ids=targets.nonzero()[:, 0],
+            example_ids=example_ids,
+            truncated=truncated,
+        )
+
+    def to(self, device: torch.device | str) -> PairedBatch:
+        parts = (getattr(self, field.name) for field in fields(self))
+        return PairedBatch(*(None if p is None else p.to(device) for p in parts))
+
+
+def check_alignment(
+    teacher: View, student: View, example_ids: Int64[Tensor, " B"]
+) -> None:
+    """Compare the response tokens of both views, row by row and token by token.
+
+    Equal counts prove nothing: rows (1, 9) and (9, 1) have as many tokens in all on
+    either side, and each token would learn from another token's distribution.
+
+    Raises AlignmentError naming row, position and both tokens.
+    """
+    rows = len(example_ids)
+    if not rows == len(teacher.input_ids) == len(student.input_ids):
+        raise AlignmentError(
+            f"{len(teacher.input_ids)} teacher rows, {len(student.input_ids)} "
+            f"student rows and {rows} example ids",
+            "build both views from the same examples in the same order",
+        )
+    for side, view in (("teacher", teacher), ("student", student)):
+        if (view.completion_mask & ~view.attention_mask).any():
+            raise AlignmentError(
+                f"the {side}'s completion_mask covers padding",
+                "mask response tokens only; padding is never part of a response",
+            )
+        if view.completion_mask[:, 0].any():
+            raise AlignmentError(
+                f"the {side}'s view has a response token in column 0, "
+                "which no position predicts",
+                "give every row a prompt of one token at least (a bos token, say)",
+            )
+    for row, example_id in enumerate(example_ids.tolist()):
+        teacher_ids, student_ids = (
+            view.input_ids[row, view.completion_mask[row]].tolist()
+            for view in (teacher, student)
+        )
+        # zip_longest: where one response is longer, its next token meets a None.
+        pairs = enumerate(zip_longest(teacher_ids, student_ids))
+        for position, (teacher_id, student_id) in pairs:
+            if teacher_id != student_id:
+                raise AlignmentError(
+                    f"row {row} (example {example_id}), response position "
+                    f"{position}: teacher's token is {teacher_id}, student's is "
+                    f"{student_id}",
+                    "tokenise the response once and give both sides those ids",
+                )
+
+
+class PairCollator:
+    """Turn PairedExamples into PairedBatches.
+
+    Encode a data set once with `encode(example, number)` and let a DataLoader use
+    `collate`; calling the collator with examples does both, and numbers them by
+    their place in the call.
+
+    Prompts. Where the tokenizer has a chat template: system = context (left out
+    when empty), user = user_input, with the generation prompt, rendered to text and
+    tokenised once. A template that refuses or drops system messages gets the
+    context on top of the user's message. Without a template: bos (if there is one),
+    context, newline (both left out when empty), user_input, newline.
+
+    Response. Tokenised on its own, then the eos token, then joined to the prompts as
+    ids. Tokenising prompt + response as one text could merge tokens across the join,
+    differently on each side (see `boundary_differences`). For a model whose turns
+    end with another token than eos, set `tokenizer.eos_token` to that one.
+
+    Length. Each side has its own budget, in tokens of prompt + response. Only the
+    context is ever shortened: at its "left" or "right" end, or "never" (an error).
+    The prompt is then exactly the one that the shorter context would have had.
+
+    Two tokenizers. Ids must mean the same on both sides, so vocabulary, merges,
+    added tokens and eos must be equal. Chat templates may differ: each side's prompt
+    is rendered with its own, the one that its model was trained on.
+
+    Raises ArgumentError for bad options and ModelError for tokenizers that cannot be
+    paired or have no eos token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+        teacher_max_length: int = 1024,
+        student_max_length: int = 1024,
+        truncate_context: str = "left",
+    ):
+        if truncate_context not in TRUNCATE_CONTEXT:
+            raise ArgumentError(
+                f"truncate_context={truncate_context!r}",
+                f"use one of {', '.join(map(repr, TRUNCATE_CONTEXT))}",
+            )
+        if tokenizer.eos_token_id is None:
+            raise ModelError(
+                "the tokenizer has no eos token, so no response would ever end",
+                "set tokenizer.eos_token to the token that ends a turn",
+            )
+        if teacher_tokenizer is None:
+            teacher_tokenizer = tokenizer
+        elif teacher_tokenizer is not tokenizer:
+            check_same_tokenizer(teacher_tokenizer, tokenizer)
+        self.tokenizer = tokenizer
+        self.teacher_side = _Side(
+            "teacher", teacher_tokenizer, teacher_max_length, truncate_context
+        )
+        self.student_side = _Side(
+            "student", tokenizer, student_max_length, truncate_context
+        )
+
+    def encode(self, example: PairedExample, example_id: int = 0) -> EncodedPair:
+        """Token ids of both prompts and of the response with its end token.
+
+        Raises DataError for a field that is not text, for an empty response, for one
+        that holds the end token already, and where a side's budget is too small.
+        """
+        for field in fields(example):
+            try:
+                str.encode(getattr(example, field.name))
+            except (TypeError, UnicodeEncodeError) as error:  # half an emoji, say
+                raise DataError(
+                    f"example {example_id}: {field.name} is not text: {error}",
+                    "pass whole strings; an empty one for nothing",
+                ) from error
+        response_ids = _token_ids(self.tokenizer, example.response)
+        if not response_ids:
+            raise DataError(
+                f"example {example_id}: response {example.response!r} has no tokens",
+                "leave out examples without a response",
+            )
+        if self.tokenizer.eos_token_id in response_ids:
+            raise DataError(
+                f"example {example_id}: the response holds the end token "
+                f"{self.tokenizer.eos_token!r} itself",
+                "remove it from the text; the end token is appended here",
+            )
+        response_ids.append(self.tokenizer.eos_token_id)
+        (teacher_ids, teacher_cut), (student_ids, student_cut) = (
+            side.prompt_ids(context, example.user_input, len(response_ids), example_id)
+            for side, context in self._sides(example)
+        )
+        return EncodedPair(
+            example_id, teacher_ids, student_ids, response_ids, teacher_cut, student_cut
+        )
+
+    def collate(self, encoded: Sequence[EncodedPair]) -> PairedBatch:
+        """Pad on the right, mask, and prove alignment.
+
+        Raises DataError for an empty list, AlignmentError as `check_alignment`.
+        """
+        if not encoded:
+            raise DataError("collate got no examples", "pass one example at least")
+        # The masks tell padding apart, so eos can serve as padding where there is
+        # no pad token, and the end of a response stays in the loss even then.
+        pad = self.tokenizer.pad_token_id
+        pad = self.tokenizer.eos_token_id if pad is None else pad
+        responses = [pair.response_ids for pair in encoded]
+        return PairedBatch.from_views(
+            teacher=_view([p.teacher_prompt_ids for p in encoded], responses, pad),
+            student=_view([p.student_prompt_ids for p in encoded], responses, pad),
+            example_ids=torch.tensor([p.example_id for p in encoded]),
+            truncated=torch.tensor(
+                [(p.truncated_teacher, p.truncated_student) for p in encoded]
+            ),
+        )
+
+    def __call__(self, examples: Sequence[PairedExample]) -> PairedBatch:
+        return self.collate([self.encode(e, i) for i, e in enumerate(examples)])
+
+    def boundary_differences(self, example: PairedExample) -> list[str]:
+        """The sides on which tokenising prompt + response as one text gives other ids.
+
+        That is no error here, because ids are joined. It shows what code risks that
+        finds the response in a text tokenised whole, by the prompt's length.
+        """
+        response_ids = _token_ids(self.tokenizer, example.response)
+        differing = []
+        for side, context in self._sides(example):
+            prompt = side.render(context, example.user_input)
+            joined = _token_ids(side.tokenizer, prompt) + response_ids
+            if _token_ids(side.tokenizer, prompt + example.response) != joined:
+                differing.append(side.name)
+        return differing
+
+    def _sides(self, example: PairedExample) -> list[tuple[_Side, str]]:
+        return [
+            (self.teacher_side, example.context),
+            (self.student_side, example.simplified_context),
+        ]
+
+
+def check_same_tokenizer(
+    teacher_tokenizer: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Compare by content; two vocabularies of equal size may number other tokens.
+
+    Raises ModelError naming what differs.
+    """
+    theirs, ours = tokenizer_content(teacher_tokenizer), tokenizer_content(tokenizer)
+    names = sorted(theirs.keys() | ours.keys())
+    differing = [name for name in names if theirs.get(name) != ours.get(name)]
+    if differing:
+        raise ModelError(
+            f"teacher's and student's tokenizers differ in {', '.join(differing)} "
+            f"({len(teacher_tokenizer)} and {len(tokenizer)} tokens)",
+            "token-level distillation needs one vocabulary; between vocabularies, "
+            "train on the teacher's responses as text (sequence-level targets)",
+        )
+    if teacher_tokenizer.eos_token_id != tokenizer.eos_token_id:
+        raise ModelError(
+            f"teacher's responses end with {teacher_tokenizer.eos_token!r}, "
+            f"student's with {tokenizer.eos_token!r}",
+            "set eos_token of both tokenizers to the token that ends a turn",
+        )
+
+
+def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What decides which ids a text gets, part by part, as canonical JSON."""
+    if tokenizer.is_fast:
+        parts = json.loads(tokenizer.backend_tokenizer.to_str())
+        for name in ("vocab", "merges"):
+            parts[name] = parts["model"].pop(name, None)
+        # The rest is decoding, or settings of the last call (padding, truncation).
+        names = ("normalizer", "pre_tokenizer", "model", "vocab", "merges")
+        parts = {name: parts[name] for name in (*names, "added_tokens")}
+    else:
+        parts = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
+    return {name: json.dumps(part, sort_keys=True) for name, part in parts.items()}
+
+
+class _Side:
+    """How one side's prompts are written: its tokenizer, template and budget."""
+
+    def __init__(
+        self,
+        name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        truncate_context: str,
+    ):
+        if not isinstance(max_length, int) or max_length < 1:
+            raise ArgumentError(
+                f"{name}_max_length={max_length!r}", "pass a number of tokens"
+            )
+        self.name, self.tokenizer, self.max_length = name, tokenizer, max_length
+        self.truncate_context = truncate_context
+        self.bos = []
+        if not tokenizer.chat_template:
+            if tokenizer.bos_token_id is not None:
+                self.bos = [tokenizer.bos_token_id]
+            return
+        # Some templates refuse a system message, others drop it without a word.
+        self.system_role = True
+        if self._template_fault():
+            self.system_role = False
+        if fault := self._template_fault():
+            raise ModelError(
+                f"the {name}'s chat template cannot show a context and a user's "
+                f"message: {fault}",
+                "set tokenizer.chat_template to one that takes messages as text",
+            )
+
+    def _template_fault(self) -> str:
+        try:
+            shown = self.render("A context", "An input")
+        except Exception as error:  # a template can raise anything
+            return f"{type(error).__name__}: {error}"
+        if shown.count("A context") == shown.count("An input") == 1:
+            return ""
+        return f"it makes {shown!r} of them"
+
+    def render(self, context: str, user_input: str) -> str:
+        """The prompt as text."""
+        if not self.tokenizer.chat_template:
+            return (context and context + SEPARATOR) + user_input + SEPARATOR
+        messages = []
+        if context and self.system_role:
+            messages = [{"role": "system", "content": context}]
+        elif context:
+            user_input = context + SEPARATOR + user_input
+        return self.tokenizer.apply_chat_template(
+            [*messages, {"role": "user", "content": user_input}],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+
+    def prompt_ids(
+        self, context: str, user_input: str, response_length: int, example_id: int
+    ) -> tuple[list[int], int]:
+        """Ids that leave room for the response, and how many tokens that cost."""
+        where = f"example {example_id}, {self.name}'s side"
+        whole = ids = self._ids(context, user_input)
+        kept, dropped = context, 0
+        while (excess := len(ids) + response_length - self.max_length) > 0:
+            if not kept or self.truncate_context == "never":
+                long = response_length >= self.max_length
+                fault = "response longer than the budget" if long else "no room"
+                how = "(truncate_context='never')" if kept else "(no context)"
+                raise DataError(
+                    f"{where}: {fault}: {len(ids)} prompt tokens {how} + "
+                    f"{response_length} of the response exceed "
+                    f"{self.name}_max_length={self.max_length}",
+                    f"raise {self.name}_max_length, or shorten the text",
+                )
+            # What is left can merge into other tokens: count again, then go on by one.
+            dropped = max(excess, dropped + 1)
+            kept = self._shorten(context, dropped)
+            ids = self._ids(kept, user_input)
+        if not ids:
+            raise DataError(
+                f"{where}: the prompt has no tokens, so that no position predicts "
+                "the first response token",
+                "give it some text, or set a bos token or a chat template",
+            )
+        return ids, len(whole) - len(ids)
+
+    def _ids(self, context: str, user_input: str) -> list[int]:
+        return self.bos + _token_ids(self.tokenizer, self.render(context, user_input))
+
+    def _shorten(self, context: str, n: int) -> str:
+        """The context's text without n of its tokens, cut between characters."""
+        if not self.tokenizer.is_fast:
+            raise DataError(
+                f"the {self.name}'s context must be shortened, but its tokenizer "
+                "gives no character offsets",
+                f"use a fast tokenizer, or raise {self.name}_max_length",
+            )
+        offsets = self.tokenizer(
+            context,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            verbose=False,
+        )["offset_mapping"]
+        if n >= len(offsets):
+            return ""
+        # Cuts lie where a token ends. That keeps a word's space, which its offsets may
+        # leave out, with the word; and a character whose bytes are several tokens has
+        # its own end as the end of each.
+        if self.truncate_context == "left":
+            return context[offsets[n - 1][1] :]
+        return context[: offsets[-n - 1][1]]
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _view(prompts: list[list[int]], responses: list[list[int]], pad: int) -> View:
+    rows = [p + r for p, r in zip(prompts, responses, strict=True)]
+    shape = len(rows), max(map(len, rows))
+    input_ids = torch.full(shape, pad)
+    attention_mask = torch.zeros(shape, dtype=torch.bool)
+    completion_mask = torch.zeros(shape, dtype=torch.bool)
+    for row, ids in enumerate(rows):
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        attention_mask[row, : len(ids)] = True
+        completion_mask[row, len(prompts[row]) : len(ids)] = True
+    return View(input_ids, attention_mask, completion_mask)
