@@ -1,4 +1,4 @@
-"""python -m kdlib COMMAND: the course's commands. Arguments in, rooms called, text out."""
+"""python -m kdlib COMMAND: the commands of the course."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            "\nStopped. What was finished is kept; the same command goes on from there.",
+            "\nStopped. What was finished is kept; the same command goes on.",
             file=sys.stderr,
         )
         return 130
@@ -43,7 +43,12 @@ def quickstart(arguments) -> None:
     from kdlib import quickstart
 
     seconds = quickstart.SECONDS if arguments.seconds is None else arguments.seconds
-    facts = quickstart.run(arguments.out, seed=arguments.seed, seconds=seconds)
+    facts = quickstart.run(
+        arguments.out,
+        seed=arguments.seed,
+        seconds=seconds,
+        say=lambda line: print(line, file=sys.stderr),
+    )
     if arguments.json:
         print(json.dumps(facts))
     else:

@@ -320,8 +320,8 @@ def bench_loss(
             rows.append(row)
             log(_line(row))
     result = provenance(command) | _peer_versions()
-    if device != "cuda":
-        result["device"] = f"{device}, {torch.get_num_threads()} threads"
+    if device != "cuda" and torch.cuda.is_available():
+        result["device"] = device
     result |= {
         "triton_kernel": device == "cuda" and HAS_TRITON,
         "size": asdict(size),

@@ -161,7 +161,8 @@ def examples(
     if not locales or not formats:
         raise DataError(
             f"locales={locales!r}, formats={formats!r} leave no example",
-            f"name at least one of {', '.join(LOCALES)} and one of {', '.join(FORMATS)}",
+            f"name at least one of {', '.join(LOCALES)}, "
+            f"and one of {', '.join(FORMATS)}",
         )
     rng = random.Random(seed)
     make_context = _context_maker("context", context, shots, rng)

@@ -221,7 +221,7 @@ def _from_pretrained(source: str | Path, dtype: torch.dtype, **options):
     if info["missing_keys"]:
         some = ", ".join(sorted(info["missing_keys"])[:3])
         raise ModelError(
-            f"the weights of {source} lack {len(info['missing_keys'])} tensors ({some})",
+            f"the weights of {source} lack tensors: {some}",
             "copy the whole folder again, or check that it fits its config.json",
         )
     return model.eval(), tokenizer

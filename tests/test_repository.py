@@ -107,6 +107,7 @@ COLAB = {
     "numpy": "2.1.3",
     "matplotlib": "3.10.0",
     "ipywidgets": "7.7.1",
+    "tqdm": "4.67.3",
 }
 
 
