@@ -24,6 +24,20 @@ def main(argv: list[str] | None = None) -> int:
     quick.add_argument("--json", action="store_true", help="one JSON object on stdout")
     quick.set_defaults(run=quickstart)
 
+    law = commands.add_parser(
+        "laws", help="hold every loss to the laws of a distillation loss"
+    )
+    law.add_argument("--peers", action="store_true", help="other libraries' losses too")
+    law.add_argument("--json", action="store_true", help="JSON on stdout")
+    law.set_defaults(run=laws)
+
+    bench = commands.add_parser("bench", help="time the fused loss and its rivals")
+    bench.add_argument("what", choices=["loss"])
+    bench.add_argument("--device", help="cuda, mps or cpu")
+    bench.add_argument("--out", help="write the result to this file as JSON")
+    bench.add_argument("--json", action="store_true", help="JSON on stdout")
+    bench.set_defaults(run=bench_loss)
+
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments) or 0
@@ -53,6 +67,30 @@ def quickstart(arguments) -> None:
         print(json.dumps(facts))
     else:
         print(quickstart.report(facts))
+
+
+def laws(arguments) -> int:
+    from kdlib import leaderboard
+
+    rows = leaderboard.leaderboard() if arguments.peers else leaderboard.own()
+    if arguments.json:
+        print(json.dumps(leaderboard.as_json(rows)))
+    elif arguments.peers:
+        print(leaderboard.render(rows))
+    else:
+        print(leaderboard.render_laws(rows))
+    return 1 if leaderboard.broken(rows) else 0
+
+
+def bench_loss(arguments) -> None:
+    from kdlib import bench
+
+    result = bench.bench_loss(
+        arguments.device,
+        out=arguments.out,
+        log=lambda line: print(line, file=sys.stderr),
+    )
+    print(json.dumps(result) if arguments.json else bench.table(result))
 
 
 def quiet_transformers() -> None:
