@@ -13,7 +13,7 @@ def test_laws_hold_for_kdlib(capsys):
     assert main(["laws", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert len(rows) > 10
-    assert "failed" not in {v["outcome"] for r in rows for v in r["verdicts"]}
+    assert "failed" not in {v["status"] for r in rows for v in r["verdicts"]}
 
 
 def test_an_error_is_one_message_and_status_2(capsys):
