@@ -240,14 +240,13 @@ def _memory(device, peak=False) -> int | None:
             return torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    statm = Path("/proc/self/statm")
-    if device != "cpu" or not statm.exists():
+    status = Path("/proc/self/status")
+    if device != "cpu" or not status.exists():
         return None
-    import resource  # not on Windows, which has no /proc either
-
-    if peak:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return int(statm.read_text().split()[1]) * resource.getpagesize()
+    # Not getrusage: its maximum begins with the size of the process that started this.
+    field = "VmHWM:" if peak else "VmRSS:"
+    words = status.read_text().split()
+    return int(words[words.index(field) + 1]) * 1024
 
 
 def _gradient_error(x: Inputs, divergence: str) -> float:

@@ -159,9 +159,11 @@ def run(
             f"cannot write to {out}: {error}", "name another folder with --out"
         ) from error
     data = Data()
-    steps = _steps(data, seed, seconds, start)
+    state = _resume(out, {"version": __version__, "seed": seed, "seconds": seconds})
+    # A run that goes on trains as many steps as it did before, whatever fits today.
+    steps = state.get("steps") or _steps(data, seed, seconds, start)
+    state["steps"] = steps
     plan = _plan(data, steps)
-    state = _resume(out, {"version": __version__, "seed": seed, "steps": steps})
     reference = teacher_reference(LiveTeacher(data.teacher), data.batches(data.test))
     total = sum(p["steps"] for name, p in plan.items() if name not in state["rows"])
     with tqdm(
@@ -287,10 +289,14 @@ def _steps(data: Data, seed: int, seconds: float | None, start: float) -> int:
     fit(trial, DISTILLED, data, 3, seed)  # the first steps are slower
     history = fit(trial, DISTILLED, data, 20, seed)
     spent = time.perf_counter() - start
-    plan = _plan(data, CONFIG.steps)
-    share = sum(row["steps"] for row in plan.values()) / CONFIG.steps
+    # All rows' steps together are linear in the distilled student's: the teacher's
+    # FLOPs are a constant.
+    fixed, full = (
+        sum(row["steps"] for row in _plan(data, n).values()) for n in (0, CONFIG.steps)
+    )
     # Measuring the five rows takes about a fifth of the whole.
-    fitting = (0.8 * seconds - spent) / (history.seconds / 20) / share
+    affordable = (0.8 * seconds - spent) / (history.seconds / 20)
+    fitting = CONFIG.steps * (affordable - fixed) / (full - fixed)
     return max(20, min(CONFIG.steps, int(fitting)))
 
 

@@ -77,6 +77,17 @@ def test_gradient_error_of_a_wrong_method(monkeypatch):
     assert row["gradient_error"] > 0.1
 
 
+def test_one_wrong_gradient_is_enough(monkeypatch):
+    def half(x, divergence):  # the right value and d hidden, half of d weight
+        function = bench.get_divergence(divergence)
+        fixed = x.w_s.detach()
+        return lambda: function(x.h_s @ ((x.w_s + fixed) / 2).T, x.h_t @ x.w_t.T).mean()
+
+    monkeypatch.setitem(bench.METHODS, "torch eager", half)
+    row = bench._measure("torch eager", "forward_kl", SMALL, "cpu", 1)
+    assert row["gradient_error"] == pytest.approx(0.5, abs=1e-3)
+
+
 def test_half_precision_is_held_against_float32():
     size = Size(8, 32, 32, 400, "bfloat16")
     fast = bench._measure("kdlib fused", "forward_kl", size, "cpu", 1)

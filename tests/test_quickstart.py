@@ -37,8 +37,9 @@ def test_json_resume_and_files(tmp_path):
     # A second run with the same settings trains nothing anew.
     state = quickstart._resume(
         tmp_path / "q",
-        {"version": quickstart.__version__, "seed": 0, "steps": facts["steps"]},
+        {"version": quickstart.__version__, "seed": 0, "seconds": 1.0},
     )
+    assert state["steps"] == facts["steps"]
     assert state["rows"] == {row["name"]: row for row in facts["rows"]}
     assert "distilled student" in quickstart.report(facts)
 
@@ -60,7 +61,7 @@ def test_seconds_must_be_positive(tmp_path):
 
 
 def test_an_earlier_run_with_other_settings_is_not_taken_over(tmp_path):
-    settings = {"version": "x", "seed": 1, "steps": 2}
+    settings = {"version": "x", "seed": 1, "seconds": 2}
     assert quickstart._resume(tmp_path, settings)["rows"] == {}
     (tmp_path / "rows.json").write_text("{ cut")
     assert quickstart._resume(tmp_path, settings)["rows"] == {}
