@@ -1,7 +1,6 @@
 """Make the shipped teacher, kdlib/data/teacher.
 
-    python notebooks/experiments/make_teacher.py train   (about half an hour)
-    python notebooks/experiments/make_teacher.py card    (scores, model card)
+    python notebooks/experiments/make_teacher.py train   (about an hour)
 
 The teacher is a small Llama trained from scratch on the training split. It
 reads every kind of context: an instruction, worked examples, both, or nothing.
@@ -178,7 +177,7 @@ def train(out: Path, threads: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("step", choices=["train", "card"])
+    parser.add_argument("step", choices=["train"])
     parser.add_argument("--out", type=Path, default=models.TEACHER)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
