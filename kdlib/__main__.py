@@ -53,8 +53,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def quickstart(arguments) -> None:
-    quiet_transformers()
-    from kdlib import quickstart
+    from kdlib import models, quickstart
+
+    models.quiet_transformers()
 
     seconds = quickstart.SECONDS if arguments.seconds is None else arguments.seconds
     facts = quickstart.run(
@@ -91,14 +92,6 @@ def bench_loss(arguments) -> None:
         log=lambda line: print(line, file=sys.stderr),
     )
     print(json.dumps(result) if arguments.json else bench.table(result))
-
-
-def quiet_transformers() -> None:
-    """Our own progress bar is enough."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 if __name__ == "__main__":

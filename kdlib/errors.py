@@ -12,6 +12,10 @@ class KdlibError(Exception):
         self.what, self.remedy = what, remedy
         super().__init__(f"{what}\n  Remedy: {remedy}")
 
+    def __reduce__(self):
+        # An error crosses from one process to another as its two parts.
+        return type(self), (self.what, self.remedy)
+
 
 class ArgumentError(KdlibError, ValueError):
     """An argument has a value that cannot work."""

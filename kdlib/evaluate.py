@@ -126,30 +126,38 @@ class Speed:
 
 
 def measure_speed(
-    model, tokenizer, prompts: Sequence[Sequence[int]], *, single: int = 8
+    model,
+    tokenizer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    new_tokens: int = 16,
+    single: int = 8,
 ) -> Speed:
-    """Time `single` requests one by one, then all prompts as one batch."""
+    """Time `single` requests one by one, then all prompts as one batch.
+
+    Every request is answered with exactly `new_tokens` tokens, so that two models
+    differ by their speed and not by the length of their answers.
+    """
     if not prompts:
         raise ArgumentError("prompts is empty", "give at least one prompt")
-    with one_core():
-        complete(model, tokenizer, prompts[:1])  # the first call also sets things up
-        alone = [
-            _seconds(lambda p=prompt: complete(model, tokenizer, [p]))
-            for prompt in prompts[:single]
-        ]
-        together = min(
-            _seconds(
-                lambda: complete(model, tokenizer, prompts, batch_size=len(prompts))
-            )
-            for _ in range(3)
+
+    def answer(requests) -> float:
+        start = time.perf_counter()
+        complete(
+            model,
+            tokenizer,
+            requests,
+            max_new_tokens=new_tokens,
+            batch_size=len(requests),
+            stop_at_end=False,
         )
+        return time.perf_counter() - start
+
+    with one_core():
+        answer(prompts[:1])  # the first call also sets things up
+        alone = [answer([prompt]) for prompt in prompts[:single]]
+        together = min(answer(prompts) for _ in range(3))
     return Speed(1000 * statistics.median(alone), len(prompts) / together)
-
-
-def _seconds(action) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
 
 
 @contextmanager

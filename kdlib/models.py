@@ -225,3 +225,11 @@ def _from_pretrained(source: str | Path, dtype: torch.dtype, **options):
             "copy the whole folder again, or check that it fits its config.json",
         )
     return model.eval(), tokenizer
+
+
+def quiet_transformers() -> None:
+    """No bars and no hints from transformers: the commands have their own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

@@ -21,11 +21,14 @@ def complete(
     *,
     max_new_tokens: int = 64,
     batch_size: int = 256,
+    stop_at_end: bool = True,
 ) -> list[list[int]]:
     """The greedy completion of each prompt, as token ids without the end token.
 
     prompts:        token ids; batched by length, padded on the left
     max_new_tokens: a completion that has not ended by then is cut there
+    stop_at_end:    False makes every completion max_new_tokens long, without the end
+                    token (to measure speed, say)
 
     The model is left in the mode (train or eval) in which it came.
     Raises DataError for an empty prompt.
@@ -54,6 +57,7 @@ def complete(
                 attention_mask=torch.tensor(mask, device=device),
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
+                min_new_tokens=None if stop_at_end else max_new_tokens,
                 eos_token_id=end,
                 pad_token_id=pad,
             )

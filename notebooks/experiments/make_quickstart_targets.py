@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from kdlib import localize, models, quickstart
+from kdlib import localize, models, phone
 from kdlib.errors import DataError
 from kdlib.ledger import provenance
 from kdlib.pairs import PairCollator
@@ -25,14 +25,14 @@ MAX_ANSWER = 40
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=quickstart.TARGETS)
+    parser.add_argument("--out", type=Path, default=phone.TARGETS)
     out = parser.parse_args().out
     teacher, tokenizer = models.load("teacher")
     collator = PairCollator(tokenizer, teacher_max_length=128, student_max_length=128)
     data = localize.load_split("unlabelled")
     prompts = [
         # The response is not known yet; any text will do for the prompt's ids.
-        collator.encode(quickstart.pair(d.english, "?")).teacher_prompt_ids
+        collator.encode(phone.pair(d.english, "?")).teacher_prompt_ids
         for d in data
     ]
     answers = complete(teacher, tokenizer, prompts, max_new_tokens=MAX_ANSWER)
@@ -42,7 +42,7 @@ def main() -> None:
             cut += 1  # it never ended: no answer to learn from
             continue
         try:
-            example = quickstart.pair(datum.english, tokenizer.decode(ids))
+            example = phone.pair(datum.english, tokenizer.decode(ids))
             pairs.append(collator.encode(example, number))
         except DataError:
             cut += 1  # an empty answer
