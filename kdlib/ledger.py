@@ -33,6 +33,12 @@ class Interval:
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
+    def claim(self) -> str:
+        """The interval of a difference, or "not shown here" where it covers zero."""
+        if self.low <= 0 <= self.high:
+            return f"not shown here ({self})"
+        return str(self)
+
 
 def mean_interval(values: Sequence[float]) -> Interval:
     """The mean over seeds and its 95 % interval; for paired runs, pass differences.

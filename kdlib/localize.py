@@ -139,7 +139,7 @@ def examples(
     kinds: Sequence[str] | None = None,
     context: str = "instruction",
     simplified: str = "nothing",
-    shots: int = 3,
+    shots: int = 4,
     limit: int | None = None,
     seed: int = 0,
 ) -> list[PairedExample]:

@@ -136,9 +136,10 @@ def fit(
     budget: Budget,
     seed: int,
     on_step: Callable[[int, float], None] | None = None,
+    device: str = "cpu",
 ):
     """Train the student of one row; return it."""
-    student = models.build(data.tokenizer, **STUDENT, seed=seed)
+    student = models.build(data.tokenizer, **STUDENT, seed=seed).to(device)
     soft = name == DISTILLED
     train(
         student,

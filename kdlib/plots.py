@@ -40,3 +40,33 @@ def exact_match_bars(rows: Sequence[dict]):
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
         axes.set_xlabel("share of test inputs answered exactly")
     return figure
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]):
+    """A table as a figure: for numbers of a training run.
+
+    Their last digits differ between machines, and a notebook's pictures, unlike its
+    text, are not compared when it is tested.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7, 0.3 * (len(rows) + 1)))
+        axes = figure.subplots()
+        axes.axis("off")
+        drawn = axes.table(
+            cellText=rows,
+            colLabels=columns,
+            cellLoc="left",
+            colLoc="left",
+            edges="horizontal",
+            bbox=(0, 0, 1, 1),
+        )
+        drawn.auto_set_font_size(False)
+        drawn.set_fontsize(10)
+        drawn.auto_set_column_width(range(len(columns)))
+        for cell in drawn.get_celld().values():
+            cell.set_edgecolor(GREY)
+            cell.set_linewidth(0.5)
+    return figure

@@ -41,7 +41,7 @@ METADATA = {
     },
 }
 WIDGET = "application/vnd.jupyter.widget-view+json"
-CELL_TIMEOUT = 120  # seconds; the tests give a cell as long
+CELL_TIMEOUT = 600  # seconds; the tests give a cell as long
 ENVIRONMENT = {
     "TQDM_DISABLE": "1",  # a bar's text is different every time
     "HF_HUB_OFFLINE": "1",

@@ -162,7 +162,7 @@ def by_first_code(notebooks):
 def test_the_first_code_cell_is_the_same_everywhere():
     notebooks = {path.name: nbformat.read(path, as_version=4) for path in NOTEBOOKS}
     groups = by_first_code(notebooks)
-    assert len(groups) <= 1, f"the first code cell differs between {groups}"
+    assert len(groups) == 1, f"the first code cell differs between {groups}"
 
 
 def test_the_notebooks_are_what_their_sources_give():

@@ -51,7 +51,7 @@ def score(shipped, collator, context, every=20):
 
 def test_the_shipped_teacher_needs_its_context(shipped, collator):
     full = score(shipped, collator, "instruction", every=7)
-    assert full.exact_match >= 0.95  # the model card gives the whole test split
+    assert full.exact_match >= 0.97
     assert full.agreement == 1.0 and full.kl == 0.0
     assert score(shipped, collator, "nothing", every=7).exact_match <= 0.30
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import importlib.util
+import json
 import re
 import shutil
 import socket
@@ -52,6 +54,48 @@ def commands(markdown):
     blocks = re.findall(r"```(?:bash|sh|shell|console)?\n(.*?)```", markdown, re.S)
     lines = (line.partition("#")[0].strip() for line in "".join(blocks).splitlines())
     return [line.removeprefix("$ ") for line in lines if line]
+
+
+def experiment(name):
+    path = ROOT / "notebooks" / "experiments" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_readme_s_numbers_are_those_of_the_result_file():
+    seeds = experiment("quickstart_seeds")
+    assert seeds.table(json.loads(seeds.RESULT.read_text())) in README
+
+
+def test_the_teacher_s_card_gives_the_scores_of_the_result_file():
+    teacher = experiment("make_teacher")
+    scores = json.loads(teacher.RESULT.read_text())["scores"]
+    card = (ROOT / "kdlib" / "data" / "teacher" / "README.md").read_text()
+    for context, entry in scores.items():
+        row = (
+            f"| {context} | {entry['mean_exact_match']:.3f} | {entry['mean_kl']:.3f} |"
+        )
+        assert row in card
+    # What the course promises of its teacher.
+    assert scores["instruction"]["mean_exact_match"] >= 0.97
+    assert scores["examples, 4 shown"]["mean_exact_match"] >= 0.97
+    assert scores["nothing"]["mean_exact_match"] <= 0.30
+
+
+def test_badges_and_clones_name_the_repository_of_the_setting():
+    wanted = PROJECT["tool"]["kdlib"]["repository"]
+    texts = {"README.md": README}
+    for path in (ROOT / "notebooks" / "src").glob("*.py"):
+        texts[path.name] = path.read_text(encoding="utf-8")
+    for name, text in texts.items():
+        badges = re.findall(
+            r"colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)", text
+        )
+        clones = re.findall(r"https://github\.com/([\w.-]+/[\w.-]+)\.git", text)
+        assert badges, f"{name} has no badge"
+        assert set(badges + clones) == {wanted}, name
 
 
 def test_readme_opens_with_the_two_commands():

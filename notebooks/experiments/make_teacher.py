@@ -1,11 +1,13 @@
 """Make the shipped teacher, kdlib/data/teacher.
 
     python notebooks/experiments/make_teacher.py train   (about an hour)
+    python notebooks/experiments/make_teacher.py score   (ten minutes)
 
 The teacher is a small Llama trained from scratch on the training split. It
 reads every kind of context: an instruction, worked examples, both, or nothing.
 Answers inside the worked examples count in the loss too: that is what teaches
-it to read the task from them.
+it to read the task from them. `score` gives it every kind of context on the whole test
+split, in all languages and formats, and writes notebooks/results/teacher_scores.json.
 """
 
 from __future__ import annotations
@@ -23,7 +25,12 @@ import torch.nn.functional as F
 import transformers
 
 from kdlib import localize, models
+from kdlib.evaluate import evaluate, teacher_reference
+from kdlib.ledger import provenance, write_json
+from kdlib.pairs import PairCollator
+from kdlib.teachers import LiveTeacher
 
+RESULT = Path(__file__).parents[1] / "results" / "teacher_scores.json"
 SEED = 0
 VOCABULARY = 1024
 SHAPE = {"hidden_size": 160, "layers": 4, "heads": 5, "intermediate_size": 480}
@@ -175,13 +182,55 @@ def train(out: Path, threads: int) -> None:
     (out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
+def score(out: Path, threads: int) -> None:
+    """Exact match by context; KL from the teacher that reads the instruction."""
+    torch.set_num_threads(threads)
+    teacher, tokenizer = models.load("teacher")
+    collator = PairCollator(tokenizer, teacher_max_length=400, student_max_length=400)
+    scores: dict[str, dict] = {}
+    for locale, form in TASKS:
+        for name, shots in [
+            ("instruction", 0),
+            *(("examples", k) for k in (1, 2, 3, 4)),
+            ("nothing", 0),
+        ]:
+            found = localize.examples(
+                "test",
+                locales=[locale],
+                formats=[form],
+                simplified=name,
+                shots=max(1, shots),
+            )
+            pairs = [collator.encode(e, number) for number, e in enumerate(found)]
+            pairs.sort(key=lambda p: len(p.student_prompt_ids))
+            batches = [
+                collator.collate(pairs[i : i + 100]) for i in range(0, len(pairs), 100)
+            ]
+            reference = teacher_reference(LiveTeacher(teacher), batches)
+            fidelity = evaluate(teacher, batches, reference)
+            label = f"{name}, {shots} shown" if shots else name
+            entry = scores.setdefault(label, {"exact_match": {}, "kl": {}})
+            entry["exact_match"][f"{locale} {form}"] = fidelity.exact_match
+            entry["kl"][f"{locale} {form}"] = fidelity.kl
+            print(locale, form, label, round(fidelity.exact_match, 3), flush=True)
+    for entry in scores.values():
+        for measure in ("exact_match", "kl"):
+            values = entry[measure].values()
+            entry[f"mean_{measure}"] = sum(values) / len(values)
+    facts = provenance("python notebooks/experiments/make_teacher.py score")
+    write_json(out, {**facts, "test": len(pairs), "scores": scores})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("step", choices=["train"])
-    parser.add_argument("--out", type=Path, default=models.TEACHER)
+    parser.add_argument("step", choices=["train", "score"])
+    parser.add_argument("--out", type=Path, help="another folder, or file of scores")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    train(arguments.out, arguments.threads)
+    if arguments.step == "train":
+        train(arguments.out or models.TEACHER, arguments.threads)
+    else:
+        score(arguments.out or RESULT, arguments.threads)
 
 
 if __name__ == "__main__":

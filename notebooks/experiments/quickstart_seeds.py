@@ -27,7 +27,7 @@ import torch
 
 from kdlib import localize, models, phone
 from kdlib.evaluate import evaluate, teacher_reference
-from kdlib.ledger import mean_interval, provenance, write_json
+from kdlib.ledger import Interval, mean_interval, provenance, write_json
 from kdlib.objective import Objective
 from kdlib.teachers import LiveTeacher
 from kdlib.train import train
@@ -111,6 +111,23 @@ def summary(seeds: list[dict]) -> dict:
     }
 
 
+def table(result: dict) -> str:
+    """The README's table, in Markdown."""
+    seeds, test, teacher = len(result["seeds"]), result["test"], result["teacher"]
+    lines = [
+        f"| {seeds} paired seeds | exact match, {test:,} test inputs | lead of the "
+        "distilled student |",
+        "|---|---|---|",
+        f"| teacher, with its instruction | {teacher['with context']:.3f} | |",
+        f"| teacher, without it | {teacher['without context']:.3f} | |",
+    ]
+    for name, found in result["exact_match"].items():
+        lead = result["distilled_minus"].get(name)
+        claim = Interval(**lead).claim() if lead else ""
+        lines.append(f"| {name} | {Interval(**found)} | {claim} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
@@ -146,6 +163,7 @@ def main() -> None:
         **summary(seeds),
     }
     write_json(arguments.out, result)
+    print(table(result))
 
 
 if __name__ == "__main__":
