@@ -202,9 +202,9 @@ for token, row in zip(one.response_ids, likeliest, strict=True):
 
 # %%
 unsure = int(likeliest[:, 1].argmax())
-words = [data.tokenizer.decode([i]) for i in targets.indices[unsure][:5]]
+words = [data.tokenizer.decode([i]) for i in targets.indices[unsure][:3]]
 figure, axes = plt.subplots(figsize=(6, 2.2))
-axes.barh([repr(w) for w in words], likeliest[unsure][:5], color=plots.BLUE)
+axes.barh([repr(w) for w in words], likeliest[unsure][:3], color=plots.BLUE)
 axes.invert_yaxis()
 axes.set_xlabel("the teacher's probability for the next token")
 axes.set_title("0.36 Australian dollars → 0,36 …", loc="left")
@@ -545,7 +545,8 @@ print("same model:", loaded.num_parameters() == parameter_count(best))
 # into the parameters.
 #
 # </details>
-#
+
+# %% [markdown]
 # **2.** Why must the equal-FLOPs row count the teacher's forward passes?
 #
 # <details><summary>Answer</summary>
@@ -554,7 +555,8 @@ print("same model:", loaded.num_parameters() == parameter_count(best))
 # less computation than we spent, and the race would be unfair.
 #
 # </details>
-#
+
+# %% [markdown]
 # **3.** The gradient is $q_v - p_v$. Where is it zero?
 #
 # <details><summary>Answer</summary>
