@@ -13,9 +13,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import kdlib
-from kdlib.laws import FAILED, LAWS, NOT_APPLICABLE, PASSED, Verdict, run
+from kdlib.laws import (
+    BY_DESIGN,
+    FAILED,
+    LAWS,
+    NOT_APPLICABLE,
+    PASSED,
+    Verdict,
+    run,
+)
 from kdlib.own_losses import kdlib_losses
-from kdlib.peers import ADAPTERS, PEERS
+from kdlib.peers import ADAPTERS, CREDIT, PEERS
 
 
 @dataclass(frozen=True)
@@ -82,43 +90,46 @@ def as_json(rows: Sequence[Row]) -> list[dict]:
 def render_laws(rows: Sequence[Row], library: str = "kdlib") -> str:
     """A line a law: how many losses it holds for, how many it was put to, the bugs."""
     lines = []
-    for law, (title, _) in LAWS.items():
+    for law in LAWS:
         verdicts = [v for v in _verdicts(rows, library) if v.law == law]
         counts = {s: sum(v.status == s for v in verdicts) for s in (PASSED, FAILED)}
         status = FAILED if counts[FAILED] else PASSED if counts[PASSED] else "not asked"
-        documented = sum("documented" in v.note for v in verdicts)
-        note = f", {documented} documented" if documented else ""
+        departures = sum(v.status == BY_DESIGN for v in verdicts)
+        note = f", {departures} by design" if departures else ""
         lines.append(
             f"{law:>3}  {status:<9}  {counts[PASSED]:>2} of {sum(counts.values()):<2}"
-            f"  {title}{note}"
+            f"  {LAWS[law].title}{note}"
         )
-        lines += [f"       {v.bug}" for v in verdicts if v.bug]
+        lines += [f"       {v.bug}" for v in verdicts if v.status == FAILED]
     return "\n".join(lines)
 
 
-MARKS = {PASSED: ".", FAILED: "X", NOT_APPLICABLE: " "}
+MARKS = {PASSED: ".", FAILED: "X", BY_DESIGN: "d", NOT_APPLICABLE: " "}
 
 
 def render(rows: Sequence[Row]) -> str:
-    """The leaderboard: a line a loss, a column a law, then the bugs by library."""
+    """The leaderboard: a line a loss, a column a law, then what each library breaks,
+    what it does by design, and what it does well."""
     width = max(len(row.loss) for row in rows)
     header = " ".join(f"{law:>2}" for law in LAWS)
-    lines = [". holds   X broken   d departs as documented   (blank) not asked"]
+    lines = [". holds   X broken   d departs by design, as stated   (blank) not asked"]
     for library in dict.fromkeys(row.library for row in rows):
         mine = [row for row in rows if row.library == library]
-        lines += ["", f"{library} {mine[0].version}".ljust(width + 4) + header]
+        name = f"{library} {mine[0].version}"
+        if mine[0].skipped:
+            lines += ["", name, f"  skipped: {mine[0].skipped}"]
+            continue
+        lines += ["", name.ljust(width + 4) + header]
         for row in mine:
-            if row.skipped:
-                lines.append(f"  skipped: {row.skipped}")
-                continue
-            marks = (
-                "d" if "documented" in v.note else MARKS[v.status] for v in row.verdicts
-            )
-            cells = " ".join(f"{mark:>2}" for mark in marks)
-            lines.append(f"  {row.loss:<{width}}  {cells}")
-        bugs: dict[str, list[str]] = {}
-        for verdict in _verdicts(rows, library):
-            if verdict.bug and verdict.law not in bugs.setdefault(verdict.bug, []):
-                bugs[verdict.bug].append(verdict.law)
-        lines += [f"  law {', '.join(laws)}: {bug}" for bug, laws in bugs.items()]
+            cells = " ".join(f"{MARKS[v.status]:>2}" for v in row.verdicts)
+            lines.append(f"  {row.loss:<{width}}  {cells}".rstrip())
+        said: dict[str, list[str]] = {}
+        for v in _verdicts(rows, library):
+            text = f"broken: {v.bug}" if v.status == FAILED else ""
+            if v.status == BY_DESIGN:
+                text = f"by design: {v.bug}; {v.note}"
+            if text and v.law not in said.setdefault(text, []):
+                said[text].append(v.law)
+        lines += [f"  law {', '.join(laws)} {text}" for text, laws in said.items()]
+        lines += [f"  right: {credit}" for credit in CREDIT.get(library, ())]
     return "\n".join(lines)

@@ -1,8 +1,8 @@
 """A loss, what it says of itself, and what would then be true.
 
 Knows: how to call a loss on a batch, and the value that its declaration implies, from
-formulas on probabilities in float64. laws.py asks the questions; peers.py prepares the
-losses.
+formulas on probabilities in float64. laws/ asks the questions; own_losses.py and
+peers.py prepare the losses.
 
 A convention is declared, never accused: which divergence, which mean, T^2 or not. A
 contradiction between declaration and number is what the laws look for.
@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from kdlib.errors import ArgumentError
+
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
     Probabilities = Float[Tensor, "n v"]
@@ -37,6 +39,11 @@ class Batch(NamedTuple):
     labels: Int[Tensor, "b t"]
 
 
+REDUCTIONS = ("token_mean", "sequence_mean", "sum")
+OPTIONS = frozenset(("temperature", "hard_weight", "num_items"))
+FUSED_OPTIONS = frozenset(("temperature", "softcap", "logit_scale"))
+
+
 @dataclass(frozen=True)
 class LossUnderTest:
     """A loss and what it says of itself. All that is not given is not asked.
@@ -51,7 +58,8 @@ class LossUnderTest:
                  count of tokens or sequences over all micro-batches)
     knob:        (keyword, divergence at 0, divergence at 1), e.g. ("beta",
                  "forward_kl", "reverse_kl")
-    dtype:       of the logits that it is given
+    dtype:       of the logits that it is given, float64 or float32, in which it is
+                 held to the laws
     half:        whether it may be given bfloat16 logits
     padded:      whether it accepts a teacher with more columns than the student
     accumulate:  the sum over a list of micro-batches, as the trainer makes it; without
@@ -66,8 +74,12 @@ class LossUnderTest:
     pair:        (teacher_ids [B, T], teacher_labels, student_ids, student_labels) must
                  raise where the two views hold other response tokens
     teacher:     (module, input_ids [B, T]) -> targets of the teacher
-    documented:  {law: the passage that states what this departure leads to}
+    by_design:   {law: (words of the bug's name, the passage of its documentation that
+                 states this departure)}; another bug under the same law is a failure
     reasons:     {law: why it cannot be asked here}
+
+    Raises ArgumentError for a divergence, parameter, reduction or option that is not
+    known: a misspelt option would never be asked, and nobody would notice.
     """
 
     name: str
@@ -88,13 +100,41 @@ class LossUnderTest:
     fused_options: frozenset[str] = frozenset()
     pair: Callable[[Tensor, Tensor, Tensor, Tensor], object] | None = None
     teacher: Callable[[torch.nn.Module, Tensor], Tensor] | None = None
-    documented: Mapping[str, str] = field(default_factory=dict)
+    by_design: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        _known(self.name, "reduction", [self.reduction], REDUCTIONS)
+        dtypes = "torch.float32", "torch.float64"
+        _known(self.name, "dtype", [str(self.dtype)], dtypes)
+        _known(self.name, "option", self.options, OPTIONS)
+        _known(self.name, "option of fused", self.fused_options, FUSED_OPTIONS)
+        names = list(self.knob[1:] if self.knob else ())
+        if not callable(self.divergence):
+            names.append(self.divergence)
+        _known(self.name, "divergence", names, FORMULAS)
+        p, q = torch.tensor([[[0.6, 0.4]], [[0.3, 0.7]]], dtype=torch.float64)
+        try:
+            self.formula(p, q)
+        except TypeError as error:
+            raise ArgumentError(
+                f"params = {dict(self.params)} of the loss {self.name!r}: {error}",
+                f"give the parameters of the formula of {self.divergence!r}",
+            ) from error
 
     def formula(self, p: Probabilities, q: Probabilities) -> PerToken:
         if callable(self.divergence):
             return self.divergence(p, q)
         return FORMULAS[self.divergence](p, q, **self.params)
+
+
+def _known(loss, what, given, known) -> None:
+    for x in given:
+        if x not in known:
+            raise ArgumentError(
+                f"{what} {x!r} of the loss {loss!r}",
+                f"choose one of {', '.join(sorted(known))}",
+            )
 
 
 class NotApplicable(Exception):
@@ -103,10 +143,12 @@ class NotApplicable(Exception):
 
 # --- asking ---------------------------------------------------------------------------
 
-SPANS = ((2, 5), (4, 6), (1, 7))  # the responses of three rows: 3, 2 and 6 tokens
+# The responses of three rows: 3, 2 and 6 tokens, no padding after the last. With
+# 8 positions and 13 tokens no two mistakes of scale are the same factor.
+SPANS = ((2, 5), (4, 6), (2, 8))
 
 
-def make_batch(loss: LossUnderTest, seed=0, vocab=11, scale=1.5) -> Batch:
+def make_batch(loss: LossUnderTest, seed=0, vocab=13, scale=1.5) -> Batch:
     """Three ragged rows of 8 positions, in the dtype that the loss is given."""
     rng = torch.Generator().manual_seed(seed)
     shape = len(SPANS), 8, vocab
@@ -147,15 +189,22 @@ def ask(loss: LossUnderTest, batch: Batch, **options: float) -> tuple[float, Ten
 # --- what is true ---------------------------------------------------------------------
 
 
+def predicts(labels: Int[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
+    """Where a supervised token is predicted: one position before it."""
+    mask = torch.zeros_like(labels, dtype=torch.bool)
+    mask[:, :-1] = labels[:, 1:] != -100
+    return mask
+
+
 def truth(loss: LossUnderTest, batch: Batch, temperature=1.0, **wrong) -> Tensor:
     """The loss that is declared, in float64.
 
-    wrong: replaces a part by a known mistake: formula, mask [B, T - 1], reduction, or
-           the temperature of one side, t_teacher or t_student
+    wrong: replaces a part by a known mistake: formula, mask [B, T], reduction, or the
+           temperature of one side, t_teacher or t_student
     """
-    mask = wrong.get("mask", batch.labels[:, 1:] != -100)
+    mask = wrong.get("mask", predicts(batch.labels))
     q, p = (
-        (logits[:, :-1].double() / wrong.get(name, temperature)).softmax(-1)[mask]
+        (logits.double() / wrong.get(name, temperature)).softmax(-1)[mask]
         for logits, name in ((batch.student, "t_student"), (batch.teacher, "t_teacher"))
     )
     per_token = wrong.get("formula", loss.formula)(p, q)

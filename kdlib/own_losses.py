@@ -1,7 +1,7 @@
 """kdlib's own losses, made ready for the laws, with what their documentation says.
 
 Every divergence, reduction, sparse tail, estimator, fused path and pairing of this
-package; laws.py puts the questions, leaderboard.py shows the answers.
+package; laws/ puts the questions, leaderboard.py shows the answers.
 """
 
 from __future__ import annotations
@@ -23,37 +23,48 @@ KNOBS = {
 }
 PARAMS = {"generalized_jsd": {"beta": 0.3}, "kl_mix": {"lam": 0.3}}
 PARAMS["alpha_beta"] = {"alpha": 0.3, "beta": 0.6}
-DOCUMENTED_TAILS = {
+TAILS = {  # and the departures that their documentation states
     "bucket": {},
-    "renormalize": {"8": 'sparse.py, tail "renormalize": BLIND to the tail'},
-    "zero": {"8": 'sparse.py, tail "zero": NOT a KL, its minimum is not at p_s = p_t'},
+    "renormalize": {
+        "8": ("blind to mass", 'sparse.py, tail "renormalize": BLIND to the tail')
+    },
+    "zero": {
+        "8": (
+            "cut off",
+            'sparse.py, tail "zero": NOT a KL, its minimum is not at p_s = p_t',
+        )
+    },
 }
+JUMP = "no knob of direction", "divergences.py: the interior goes to 0 at both ends"
 
 
 def kdlib_losses() -> list[LossUnderTest]:
     """Every divergence, reduction, sparse tail, estimator and path of this package."""
-    losses = [_objective(name) for name in DIVERGENCES]
-    losses += [_objective("forward_kl", r) for r in ("sequence_mean", "sum")]
-    losses += [_fused(name) for name in ("forward_kl", "reverse_kl", "generalized_jsd")]
-    for tail, documented in DOCUMENTED_TAILS.items():
-        losses.append(_top_k(tail, "forward_kl", documented))
-    losses += [_top_k("bucket", "reverse_kl", {}), _sampled()]
+    losses = [objective_loss(name) for name in DIVERGENCES]
+    losses += [objective_loss("forward_kl", r) for r in ("sequence_mean", "sum")]
+    losses += [fused_loss(x) for x in ("forward_kl", "reverse_kl", "generalized_jsd")]
+    losses += [top_k_loss(tail) for tail in TAILS]
+    losses += [top_k_loss("bucket", "reverse_kl"), _sampled()]
     losses += [_estimator(name) for name in ("k2", "score_function")]
     return [*losses, _pairs()]
 
 
 def _view(labels, ids=None):
-
     ids = labels.clamp_min(0) if ids is None else ids
     return View(ids, torch.ones_like(ids, dtype=torch.bool), labels != -100)
 
 
-def _objective(name, reduction="token_mean") -> LossUnderTest:
+def objective_loss(
+    name, reduction="token_mean", params=None, dtype=torch.float64
+) -> LossUnderTest:
+    """The Objective with one divergence, as its trainer calls it."""
+    declared = PARAMS.get(name, {}) if params is None else params
+
     def fn(student, teacher, labels, *, num_items=None, **options):
         settings = {
             k: options.pop(k) for k in ("temperature", "hard_weight") if k in options
         }
-        params = PARAMS.get(name, {}) | options  # what is left is the knob
+        params = declared | options  # what is left is the knob
         objective = Objective(
             name, reduction=reduction, divergence_params=params, **settings
         )
@@ -66,30 +77,31 @@ def _objective(name, reduction="token_mean") -> LossUnderTest:
             num_items=num_items,
         ).total
 
-    documented = {}
-    if name == "generalized_jsd":
-        documented["10"] = "divergences.py: the interior goes to 0 at both ends"
     options = {"temperature", "hard_weight", "num_items"}
     return LossUnderTest(
         f"{name}, {reduction}",
         fn,
         divergence=name,
-        params=PARAMS.get(name, {}),
+        params=declared,
         reduction=reduction,
         scale_by_t2=True,
         options=frozenset(options - {"num_items"} if reduction == "sum" else options),
         knob=KNOBS.get(name),
+        dtype=dtype,
         padded=True,
-        documented=documented,
+        by_design={"10": JUMP} if name == "generalized_jsd" else {},
     )
 
 
-def _fused(name) -> LossUnderTest:
+def fused_loss(name, params=None, dtype=torch.float64) -> LossUnderTest:
+    """fused_divergence from hidden states, as a mean over the tokens."""
+    declared = PARAMS.get(name, {}) if params is None else params
+
     def fn(h, w, t_h, t_w, *, temperature=1.0, softcap=None, logit_scale=1.0):
         student, teacher = (
             Head(x, scale=logit_scale, softcap=softcap) for x in (w, t_w)
         )
-        weights = torch.full((len(h),), temperature**2 / len(h))
+        weights = h.new_full((len(h),), temperature**2 / len(h))
         return fused_divergence(
             h,
             student,
@@ -98,27 +110,34 @@ def _fused(name) -> LossUnderTest:
             divergence=name,
             temperature=temperature,
             token_weights=weights,
-            **PARAMS.get(name, {}),
+            **declared,
         ).total
 
     return LossUnderTest(
         f"fused {name}",
         divergence=name,
-        params=PARAMS.get(name, {}),
+        params=declared,
         scale_by_t2=True,
+        dtype=dtype,
         fused=fn,
         fused_options=frozenset(("temperature", "softcap", "logit_scale")),
     )
 
 
-def _top_k(tail, divergence, documented) -> LossUnderTest:
+def top_k_loss(
+    tail, divergence="forward_kl", params=None, dtype=torch.float64
+) -> LossUnderTest:
+    """sparse_divergence from the teacher's top k, with one of the three tails."""
+    declared = PARAMS.get(divergence, {}) if params is None else params
     return LossUnderTest(
         f"top-k {divergence}, tail {tail}",
         top_k=lambda s, t, k: sparse_divergence(
-            s, top_k_targets(t, k, tail), divergence
+            s, top_k_targets(t, k, tail), divergence, **declared
         ),
         divergence=divergence,
-        documented=documented,
+        params=declared,
+        dtype=dtype,
+        by_design=TAILS[tail],
     )
 
 

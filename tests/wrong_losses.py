@@ -14,9 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from kdlib.loss_under_test import LossUnderTest
-
-OPTIONS = frozenset(("temperature", "hard_weight", "num_items"))
+from kdlib.loss_under_test import FUSED_OPTIONS, OPTIONS, LossUnderTest
 
 
 @dataclass(frozen=True)
@@ -88,9 +86,8 @@ WRONG: list[Wrong] = []
 
 
 def wrong(name, provenance, caught, fn=None, **declared):
-    if fn is not None:
-        declared = {"scale_by_t2": True, "options": OPTIONS, **declared}
-    WRONG.append(Wrong(LossUnderTest(name, fn, **declared), provenance, caught))
+    loss = declare(name, fn, **declared) if fn else LossUnderTest(name, **declared)
+    WRONG.append(Wrong(loss, provenance, caught))
 
 
 def kl(log_p, log_q):
@@ -213,7 +210,7 @@ def drop_last(labels):
 wrong(
     "logits at the answer's positions, without its end",
     "museum 2, TRL GOLD",
-    {"3": "without the end token"},
+    {"3": "without the end token", "i1": "without the end token"},
     Parts(shift=False, mask=drop_last),
 )
 wrong(
@@ -252,13 +249,13 @@ wrong(
 )
 wrong(
     "num_items taken and not used",
-    "museum 8, Soup#720",
+    "museum 8, trl#6006, Soup#720",
     {"5": "micro-batch means"},
     Parts(mean=lambda x, mask, n: (x * mask).sum() / mask.sum()),
 )
 wrong(
     "num_items of one process for two",
-    "museum 8, trl#6006",
+    "museum 8",
     {"5": "2 times the batch"},
     Parts(mean=lambda x, mask, n: (x * mask).sum() / (n / 2 if n else mask.sum())),
 )
@@ -387,9 +384,9 @@ wrong(
 )
 
 
-def bucket(log_p):
+def bucket(log_p, least=1e-12):
     rest = -torch.expm1(log_p.logsumexp(-1, keepdim=True))
-    return torch.cat([log_p, rest.clamp_min(1e-12).log()], dim=-1)
+    return torch.cat([log_p, rest.clamp_min(least).log()], dim=-1)
 
 
 wrong(
@@ -399,10 +396,22 @@ wrong(
     # cut off, plus the student's missing mass: positive, and still drawn to the top k
     top_k=on_support(
         "teacher",
-        lambda s, t: (
-            kl(bucket(t), bucket(s)) + (1 - s.exp().sum(-1)).clamp_min(0) * 0.5
-        ),
+        lambda s, t: kl(bucket(t), bucket(s)) + 0.002 * (1 - s.exp().sum(-1)),
     ),
+)
+wrong(
+    "top-k that is drawn into the tail",
+    "own",
+    {"8": "minimum is not at p = q"},
+    top_k=on_support(
+        "teacher", lambda s, t: kl(bucket(t), bucket(s)) + 0.01 * (s.exp().sum(-1) - 1)
+    ),
+)
+wrong(
+    "top-k with a bucket that is never empty",
+    "own",
+    {"8": "not the dense loss at k = V"},
+    top_k=on_support("teacher", lambda s, t: kl(bucket(t, 1e-6), bucket(s))),
 )
 wrong(
     "log-probabilities clamped at -10",
@@ -414,12 +423,9 @@ wrong(
 
 def pad_student(filling):
     def prepare(s, t):
-        extra = t.shape[-1] - s.shape[-1]
-        tail = (
-            t[..., s.shape[-1] :]
-            if filling == "copy"
-            else t.new_zeros(*t.shape[:2], extra)
-        )
+        tail = t[..., s.shape[-1] :]
+        if filling != "copy":
+            tail = torch.full_like(tail, filling)
         return torch.cat([s, tail], -1), t
 
     return prepare
@@ -429,7 +435,14 @@ wrong(
     "student padded with logit 0",
     "museum 19, Liger",
     {"6": "padded vocabulary columns"},
-    Parts(prepare=pad_student("zero")),
+    Parts(prepare=pad_student(0.0)),
+    padded=True,
+)
+wrong(
+    "student padded with logit -14",
+    "museum 19",
+    {"6": "padded vocabulary columns"},
+    Parts(prepare=pad_student(-14.0)),
     padded=True,
 )
 wrong(
@@ -447,25 +460,24 @@ wrong(
 )
 
 
-def fused(soft_weight=1.0, use=("temperature", "softcap", "logit_scale")):
+def fused(soft_weight=1.0, use=FUSED_OPTIONS, cap_last=False):
     def fn(h, w, t_h, t_w, **options):
         options = {k: v for k, v in options.items() if k in use}
         logits = [
             options.get("logit_scale", 1.0) * a @ b.T for a, b in ((h, w), (t_h, t_w))
         ]
-        if cap := options.get("softcap"):
-            logits = [cap * torch.tanh(x / cap) for x in logits]
-        s, t = ((x / options.get("temperature", 1.0)).log_softmax(-1) for x in logits)
-        soft = kl(t, s).mean() * options.get("temperature", 1.0) ** 2
+        temperature, cap = options.get("temperature", 1.0), options.get("softcap")
+        before = temperature if cap_last else 1.0
+        if cap:
+            logits = [before * cap * torch.tanh(x / before / cap) for x in logits]
+        s, t = ((x / temperature).log_softmax(-1) for x in logits)
+        soft = kl(t, s).mean() * temperature**2
         return soft_weight * soft - (1 - soft_weight) * s[:, 0].mean()
 
     return fn
 
 
-FUSED = {
-    "scale_by_t2": True,
-    "fused_options": frozenset(("temperature", "softcap", "logit_scale")),
-}
+FUSED = {"scale_by_t2": True, "fused_options": FUSED_OPTIONS}
 wrong(
     "fused: half of it is cross-entropy",
     "museum 20, trl#5731",
@@ -478,9 +490,16 @@ for missing in ("softcap", "logit_scale", "temperature"):
         f"fused: {missing} ignored",
         "museum 21, trl#6629",
         {"13": f"ignores or misuses {missing}"},
-        fused=fused(use={"temperature", "softcap", "logit_scale"} - {missing}),
+        fused=fused(use=FUSED_OPTIONS - {missing}),
         **FUSED,
     )
+wrong(
+    "fused: temperature before the soft cap",
+    "own",
+    {"13": "misuses temperature with softcap with logit_scale"},
+    fused=fused(cap_last=True),
+    **FUSED,
+)
 wrong(
     "temperature accepted and ignored",
     "museum 22, 36",
@@ -503,7 +522,7 @@ wrong(
 wrong(
     "exp, then log",
     "museum 23, Liger#769",
-    {"12": "underflowed"},
+    {"12": "underflowed", "7": "tokens of no probability give NaN"},
     Parts(
         soft=lambda s, t: (
             t.softmax(-1) * (t.softmax(-1).log() - s.softmax(-1).log())
@@ -539,11 +558,19 @@ wrong(
     {"14": "other tokens pass"},
     pair=count_rows,
 )
+wrong(
+    "views compared as sets",
+    "own",
+    {"14": "another order passes"},
+    pair=lambda t, tl, s, sl: torch.testing.assert_close(
+        tl.sort(-1).values, sl.sort(-1).values
+    ),
+)
 wrong("views not compared", "museum 28", {"14": "another number"}, pair=lambda *_: None)
 wrong(
     "views that may not differ in their prompts",
     "own",
-    {"14": "refuses equal views"},
+    {"14": "refuses equal responses"},
     pair=lambda t, tl, s, sl: torch.testing.assert_close(t, s),
 )
 wrong(
@@ -572,6 +599,12 @@ wrong(
     teacher=lambda module, ids: module(ids).logits.detach(),
 )
 wrong(
+    "the teacher's answer is a constant",
+    "museum 33",
+    {"15": "never used"},
+    teacher=lambda module, ids: torch.zeros(*ids.shape, 16),
+)
+wrong(
     "the teacher's targets carry a gradient",
     "own",
     {"15": "carry a gradient"},
@@ -596,7 +629,7 @@ wrong(
 )
 wrong(
     "prompts cut at the batch's longest",
-    "TRL GKD before #4719, comment in its source",
+    "own",
     {"3": "supervised tokens are left out"},
     Parts(
         mask=lambda labels: (
@@ -615,11 +648,11 @@ wrong(
 wrong(
     "earlier rows weigh more",
     "own",
-    {"4": "order of the rows", "i1": "not the gradient"},
+    {"4": "order of the rows", "i1": "not the gradient", "5": "do not add up"},
     Parts(
         mean=lambda x, mask, n: (
             (x * mask).sum(1) @ torch.linspace(1.2, 0.8, len(x), dtype=x.dtype)
-        ) / mask.sum()
+        ) / (mask.sum() if n is None else n)
     ),
 )  # fmt: skip
 wrong(
@@ -677,6 +710,241 @@ wrong(
     Parts(soft=lambda s, t: -Parts().soft(s, t)),
 )
 
+ALIVE = "no divergence between two different models"
+wrong(
+    "always zero",
+    "own",
+    {law: ALIVE for law in "4567"} | {"3": "no gradient", "11": "no gradient"},
+    lambda s, t, labels, **_: 0 * s.sum(),
+)
+wrong(
+    "NaN",
+    "own",
+    {law: ALIVE for law in "4567"} | {"i1": "not the gradient"},
+    lambda s, t, labels, **_: s.sum() * math.nan,
+)
+wrong(
+    "an error in the loss",
+    "own",
+    {law: "raises RuntimeError" for law in ("1", "2", "3", "4", "i1", "i2", "i3")},
+    lambda s, t, labels, **_: s.view(-1, 1009),
+)
+wrong(
+    "the last token of a row that fills the batch is left out",
+    "own",
+    {"3": "supervised tokens are left out"},
+    Parts(mask=lambda labels: F.pad(labels[:, :-1] != -100, (0, 1))),
+)
+wrong(
+    "squared Hellinger called total variation",
+    "own",  # both are symmetric: a swap would not show
+    {"2": "another divergence"},
+    Parts(
+        soft=lambda s, t: (
+            0.5 * (s.softmax(-1).sqrt() - t.softmax(-1).sqrt()).square().sum(-1)
+        )
+    ),
+    divergence="tvd",
+)
+wrong(
+    "a knob that nothing is tied to",
+    "own",
+    {"10": "beta does not lead to forward_kl and reverse_kl"},
+    lambda s, t, labels, *, beta=0.0, **options: Parts()(s, t, labels, **options),
+    knob=("beta", "forward_kl", "reverse_kl"),
+)
+wrong(
+    "a knob that nothing is tied to, at its other end",
+    "own",
+    {"10": "beta does not lead to forward_kl and reverse_kl"},
+    lambda s, t, labels, *, beta=0.0, **options: Parts(
+        soft=lambda a, b: Parts().soft(b, a)
+    )(s, t, labels, **options),
+    divergence="reverse_kl",
+    knob=("beta", "forward_kl", "reverse_kl"),
+)
+wrong(
+    "positions beyond a fixed length are left out",
+    "own",
+    {"4": "padding on the left moves the mask"},
+    Parts(mask=lambda labels: (labels != -100) & (torch.arange(labels.shape[1]) < 7)),
+)
+wrong(
+    "divided by log V",
+    "own, normalised entropies",
+    {"7": "the scale depends on the vocabulary"},
+    Parts(soft=lambda s, t: Parts().soft(s, t) / math.log(s.shape[-1])),
+)
+wrong(
+    "mean over the vocabulary, and no T^2",
+    "museum 6, 22",
+    {"i1": "mean over the vocabulary"},
+    Parts(soft=lambda s, t: Parts().soft(s, t) / s.shape[-1], scale=lambda t: 1.0),
+)
+wrong(
+    "all positions in the denominator, labels shifted",
+    "museum 4",
+    {"4": "padding dilutes the mean", "i1": "padding counts in the mean"},
+    lambda s, t, labels, **options: labels_shifted(
+        s, t, labels, mean=lambda x, mask, n: (x * mask).sum() / mask.numel(), **options
+    ),
+    options=OPTIONS - {"num_items"},
+)
+wrong(
+    "divided by rows",
+    "own",
+    {"i1": "divided by rows, not by tokens"},
+    Parts(mean=lambda x, mask, n: (x * mask).sum() / len(x)),
+    options=OPTIONS - {"num_items"},
+)
+wrong(
+    "a token mean that is called a mean of sequences",
+    "own",
+    {"i1": "tokens are averaged", "5": "do not add up"},
+    Parts(),
+    reduction="sequence_mean",
+    options=OPTIONS - {"num_items"},
+)
+wrong(
+    "probabilities floored at 1e-8",
+    "own",
+    {"12": "underflowed"},
+    Parts(
+        soft=lambda s, t: (
+            t.softmax(-1) * (t.log_softmax(-1) - s.softmax(-1).clamp_min(1e-8).log())
+        ).sum(-1)
+    ),
+)
+wrong(
+    "log-ratio clipped",
+    "own, as in PPO",
+    {"9": "not that of reverse KL"},
+    estimator=lambda s, t: (s - t).clamp(-1, 1).detach() * s,
+)
+
+# Small mistakes, just above the rounding that a law forgives.
+
+
+def epsilon(eps):
+    return lambda s, t: (
+        t.softmax(-1) * (t.log_softmax(-1) - (s.softmax(-1) + eps).log())
+    ).sum(-1)
+
+
+wrong(
+    "an epsilon in the student's logarithm",
+    "own",
+    {"1": "not at the minimum", "2": "another", "i1": "not the", "i3": "do not agree"},
+    Parts(soft=epsilon(1e-5)),
+)
+wrong(
+    "an epsilon in the student's logarithm, float32",
+    "own",
+    {"1": "not at the minimum", "2": "another", "i1": "not the", "i3": "do not agree"},
+    Parts(soft=epsilon(1e-3)),
+    dtype=torch.float32,
+)
+wrong(
+    "a small epsilon in the student's logarithm, float32",
+    "own",
+    {"1": "not at the minimum", "i3": "do not agree"},
+    Parts(soft=epsilon(1e-6)),
+    dtype=torch.float32,
+)
+wrong(
+    "an epsilon beside the temperature",
+    "own",
+    {"i1": "nearly the right gradient"},
+    Parts(student_t=lambda t: t + 1e-5),
+)
+wrong(
+    "a little of the padding in the denominator",
+    "own",
+    {"4": "padding dilutes the mean"},
+    Parts(
+        mean=lambda x, mask, n: (x * mask).sum() / (mask.sum() + 1e-5 * mask.numel())
+    ),
+    options=OPTIONS - {"num_items"},
+)
+wrong(
+    "z-loss left in",
+    "own, PaLM's regulariser",
+    {"6": "softmax of the student overflows or is not normalised"},
+    Parts(soft=lambda s, t: Parts().soft(s, t) + 1e-10 * s.logsumexp(-1).square()),
+)
+wrong(
+    "a scale that drifts with the vocabulary",
+    "own",
+    {"7": "the scale depends on the vocabulary"},
+    Parts(soft=lambda s, t: Parts().soft(s, t) / (1 + 1e-6 * s.shape[-1])),
+)
+for least, most in ((5e-5, 1.0), (0.0, 1 - 5e-5)):
+    wrong(
+        f"a knob kept between {least} and {most}",
+        "own",
+        {"10": "lam does not lead to forward_kl and reverse_kl"},
+        lambda s, t, labels, *, lam=0.5, least=least, most=most, **options: (
+            direction_knob(s, t, labels, lam=min(max(lam, least), most), **options)
+        ),
+        divergence="kl_mix",
+        knob=("lam", "forward_kl", "reverse_kl"),
+        options=OPTIONS - {"hard_weight"},
+    )
+wrong(
+    "an epsilon beside the advantage's scale",
+    "own",
+    {"9": "not that of reverse KL"},
+    estimator=lambda s, t: ((s - t) / (1 + 1e-5)).detach() * s,
+)
+
+
+def straight_through(value, gradient):
+    """The value of one loss with the gradient of another: half of a bug each."""
+
+    def fn(*arguments, **options):
+        shown, used = (f(*arguments, **options) for f in (value, gradient))
+        return shown.detach() + used - used.detach()
+
+    return fn
+
+
+HALVES = {  # (law, bug's name): what is slightly wrong
+    ("5", "micro-batches add up to 1 times"): {
+        "fn": Parts(
+            mean=lambda x, mask, n: (
+                (x * mask).sum() / (mask.sum() if n is None else n + 1e-4)
+            )
+        ),
+    },
+    ("i2", "at hard_weight 1 it is not the cross-entropy"): {
+        "fn": Parts(hard_scale=lambda t: 1 + 1e-5)
+    },
+    ("12", "log-probabilities in bfloat16"): {"fn": Parts(half=True)},
+    ("13", "the fused path optimises another objective"): {
+        "fused": lambda *a, **o: (1 + 1e-5) * fused()(*a, **o),
+        **FUSED,
+    },
+}
+for (law, bug), declared in HALVES.items():
+    (path, right) = ("fused", fused()) if "fused" in declared else ("fn", Parts())
+    for half in ("value", "gradient"):
+        both = right, declared[path]
+        value, gradient = both if half == "gradient" else both[::-1]
+        wrong(
+            f"law {law}: the {half} alone",
+            "own",
+            {law: bug},
+            **declared | {path: straight_through(value, gradient)},
+        )
+wrong(
+    "law 1: the gradient alone",
+    "own",
+    {"1": "identical models are not at the minimum"},
+    straight_through(
+        Parts(), Parts(weights=lambda w: (1 - w, w + 1e-6 * (w == 0)))
+    ),
+)  # fmt: skip
+
 # --- right ones -----------------------------------------------------------------------
 
 
@@ -712,10 +980,16 @@ def selected(student, teacher, labels, *, temperature=1.0, num_items=None):
     return total * temperature**2 * (1 if num_items is None else len(s) / num_items)
 
 
-def labels_shifted(student, teacher, labels, **options):
+def labels_shifted(student, teacher, labels, mean=Parts.mean, **options):
     """Labels moved to the left and filled up, instead of logits cut."""
     labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
-    return Parts(shift=False)(student, teacher, labels, **options)
+    return Parts(shift=False, mean=mean)(student, teacher, labels, **options)
+
+
+def direction_knob(s, t, labels, *, lam=0.5, **options):
+    forward = Parts()(s, t, labels, **options)
+    reverse = Parts(soft=lambda a, b: Parts().soft(b, a))(s, t, labels, **options)
+    return (1 - lam) * forward + lam * reverse
 
 
 def sequence_mean(x, mask, n):
@@ -739,6 +1013,13 @@ def frozen(module, ids):
 
 RIGHT = [
     declare("plain", Parts()),
+    declare("without options", Parts(), options=frozenset()),
+    declare(
+        "half of it hard by default, as Liger-Kernel's",
+        lambda *batch, hard_weight=0.5, **o: Parts()(
+            *batch, hard_weight=hard_weight, **o
+        ),
+    ),
     declare("float32", Parts(), dtype=torch.float32),
     declare(
         "cross-entropy minus entropy",
@@ -759,6 +1040,16 @@ RIGHT = [
     declare("rows selected, batchmean", selected, options=OPTIONS - {"hard_weight"}),
     declare("labels shifted, not logits", labels_shifted),
     declare("chunked", chunked),
+    declare(
+        "logsumexp form, float32",
+        Parts(
+            soft=lambda s, t: (
+                (t.softmax(-1) * (t - s)).sum(-1) - t.logsumexp(-1) + s.logsumexp(-1)
+            )
+        ),
+        dtype=torch.float32,
+        half=False,  # of two close models, float32 leaves it few digits
+    ),
     declare("gradient by hand", Parts(soft=ClosedForm.apply)),
     declare("no T^2, declared", Parts(scale=lambda t: 1.0), scale_by_t2=False),
     declare(
@@ -828,10 +1119,7 @@ RIGHT = [
     ),
     declare(
         "a knob of direction",
-        lambda s, t, labels, *, lam=0.5, **o: (
-            (1 - lam) * Parts()(s, t, labels, **o)
-            + lam * Parts(soft=lambda a, b: Parts().soft(b, a))(s, t, labels, **o)
-        ),
+        direction_knob,
         divergence="kl_mix",
         knob=("lam", "forward_kl", "reverse_kl"),
         options=OPTIONS - {"hard_weight"},
