@@ -12,16 +12,17 @@ machines better than milliseconds do.
 from __future__ import annotations
 
 import importlib
-import multiprocessing
+import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from torch.autograd.profiler import profile
 
 from kdlib.divergences import get_divergence
 from kdlib.errors import ArgumentError
@@ -201,9 +202,7 @@ def _measure(method: str, divergence: str, size: Size, device: str, repeats: int
         run()  # so that compilation and the library's own workspace are not counted
         for leaf in x.leaves:
             leaf.grad = None
-    before = _memory(device)
-    run()
-    after = _memory(device, peak=True)
+    peak = _peak(run, device)
     times = []
     for _ in range(repeats):
         _synchronize(device)
@@ -212,7 +211,7 @@ def _measure(method: str, divergence: str, size: Size, device: str, repeats: int
         _synchronize(device)
         times.append(time.perf_counter() - start)
     row = {"ms": round(1e3 * statistics.median(times), 2)}
-    row["peak_mib"] = None if before is None else round((after - before) / MIB)
+    row["peak_mib"] = None if peak is None else round(peak / MIB)
     if method != "floor":
         if device == "cpu":  # the reference at full size would outlast all else
             x = Inputs(replace(size, rows=min(size.rows, 16)), device)
@@ -221,32 +220,33 @@ def _measure(method: str, divergence: str, size: Size, device: str, repeats: int
     return row
 
 
-def _measure_alone(*arguments):
-    """_measure in a process of its own: a CPU's peak memory belongs to the process."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return pool.submit(_measure, *arguments).result()
-
-
 def _synchronize(device) -> None:
     if device != "cpu":
         getattr(torch, device).synchronize()
 
 
-def _memory(device, peak=False) -> int | None:
-    """Bytes in use, or the most so far: allocated on CUDA, resident on a CPU."""
+def _peak(run: Callable[[], None], device: str) -> int | None:
+    """The most bytes of tensors that one run has at a time, above those it began with.
+
+    Counted, not read off the process: what a process holds on a CPU depends on what
+    the C library keeps of freed memory and what other processes leave it.
+    """
+    if device == "cpu":
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports every start
+        with profile(profile_memory=True) as seen:
+            run()
+        events = sorted(
+            seen.kineto_results.events(), key=lambda event: event.start_ns()
+        )
+        sizes = (event.nbytes() for event in events if event.name() == "[memory]")
+        return max(itertools.accumulate(sizes, initial=0))
     if device == "cuda":
-        if peak:
-            return torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    status = Path("/proc/self/status")
-    if device != "cpu" or not status.exists():
-        return None
-    # Not getrusage: its maximum begins with the size of the process that started this.
-    field = "VmHWM:" if peak else "VmRSS:"
-    words = status.read_text().split()
-    return int(words[words.index(field) + 1]) * 1024
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    run()
+    return None
 
 
 def _gradient_error(x: Inputs, divergence: str) -> float:
@@ -277,7 +277,7 @@ def bench_loss(
     methods: tuple[str, ...] = tuple(METHODS),
     repeats: int | None = None,
     out: str | Path | None = None,
-    command: str = "python -m kdlib bench loss",
+    command: str | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> dict:
     """Forward plus backward from hidden states, as a ratio to the floor.
@@ -286,38 +286,48 @@ def bench_loss(
     size:   SIZES[device] unless given; `targets` are judged at that size alone.
     divergences: all of DIVERGENCES on a GPU, the first two on a CPU, unless given.
     out:    a path for the result as JSON, with provenance.
+    command: what the provenance names as the maker, by default the command line.
 
     A row of the result has ms (median), ratio (to the floor of this run), peak_mib
-    above the inputs, gradient_error (relative in norm, against plain autograd at higher
-    precision; on a CPU for 16 rows), or `skipped` with the reason.
+    (of tensors, above the inputs; not on MPS), gradient_error (relative in norm,
+    against plain autograd at higher precision; on a CPU for 16 rows), or `skipped` with
+    the reason.
 
-    Raises ArgumentError for an unknown device, method or divergence.
+    Raises ArgumentError for an unknown or absent device, an unknown method or
+    divergence, or an `out` that is a folder.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     named = [("device", device, SIZES), *(("method", m, METHODS) for m in methods)]
     for name, value, known in named:
         if value not in known:
             raise ArgumentError(f"{name} = {value!r}", f"choose from {list(known)}")
+    if device != "cpu" and not getattr(torch, device).is_available():
+        raise ArgumentError(
+            f"device = {device!r}, which torch does not find here",
+            'choose "cpu", or run this where the device is',
+        )
+    if out is not None and Path(out).is_dir():  # said before the minutes, not after
+        raise ArgumentError(f"out = {str(out)!r} is a folder", "name a file in it")
     divergences = divergences or DIVERGENCES[: 2 if device == "cpu" else None]
     for divergence in divergences:
         get_divergence(divergence)
     size = size or SIZES[device]
-    measure = _measure_alone if device == "cpu" else _measure
     settings = (size, device, repeats or (20 if device == "cuda" else 2))
 
-    floor = measure("floor", "", *settings)
+    floor = _measure("floor", "", *settings)
     log(f"floor (four matrix products): {floor['ms']:.1f} ms")
     rows = []
     for divergence in divergences:
         for method in methods:
             row = {"divergence": divergence, "method": method}
             try:
-                row |= measure(method, divergence, *settings)
+                row |= _measure(method, divergence, *settings)
                 row["ratio"] = round(row["ms"] / floor["ms"], 2)
             except (Unavailable, torch.OutOfMemoryError) as reason:
                 row["skipped"] = str(reason).splitlines()[0]
             rows.append(row)
             log(_line(row))
+    command = command or f"python -m kdlib bench loss --device {device}"
     result = provenance(command) | _peer_versions()
     if device != "cuda" and torch.cuda.is_available():
         result["device"] = device
@@ -358,9 +368,8 @@ def _targets(rows, device) -> list[dict]:
         naive = measured.get((divergence, "torch eager"))
         if device == "cpu" and method == "kdlib fused" and naive:
             for key, limit in {"ms": 1.0, "peak_mib": 0.25}.items():
-                if naive[key]:  # no memory where /proc does not say
-                    limits[f"{key} / torch eager"] = limit
-                    row[f"{key} / torch eager"] = round(row[key] / naive[key], 3)
+                limits[f"{key} / torch eager"] = limit
+                row[f"{key} / torch eager"] = round(row[key] / naive[key], 3)
         for quantity, limit in limits.items():
             target = {"divergence": divergence, "method": method, "quantity": quantity}
             value = row[quantity]

@@ -1,5 +1,10 @@
 """The package's exceptions. Each names the thing that is wrong and the remedy."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class KdlibError(Exception):
     """Base of every error that kdlib raises on purpose.
@@ -39,3 +44,11 @@ class StorageError(KdlibError, OSError):
 
 class TrainingError(KdlibError, RuntimeError):
     """Training cannot go on, or would go on wrongly."""
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """The remedy for a name that is unknown: the likeliest one, then all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
+    meant = f"did you mean {close[0]!r}? " if close else ""
+    return f"{meant}use one of {', '.join(known) or 'none'}"

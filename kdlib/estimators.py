@@ -49,7 +49,8 @@ def estimate(
                        large or infinite where the student gives little probability to
                        what the teacher finds likely)
     student_log_probs: [N] log p_s(y) of tokens that the student itself drew
-    teacher_log_probs: [N] log p_t(y) of the same tokens
+    teacher_log_probs: [N] log p_t(y) of the same tokens; where it is -inf, a token that
+                       the teacher rules out, every estimate is +inf, as the KL is
 
     Raises ArgumentError for another name, or shapes that differ.
     """

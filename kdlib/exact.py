@@ -16,8 +16,9 @@ most significant), so appending a token to all prefixes is a reshape:
     log Pr(y_1 .. y_t+1 | c) = log Pr(y_1 .. y_t | c) + log Pr(y_t+1 | c, y_1 .. y_t)
         [C, V^(t+1)]         =      [C, V^t, 1]       +         [C, V^t, V]
 
-All of it in float64. Probabilities are taken to be positive (finite logits). Values are
-in nats and have the shape [C], one for each context.
+All of it in float64. Every probability is positive: -inf is refused, because 0 log 0
+would be NaN in a plain sum. Values are in nats and have the shape [C], one for each
+context.
 
 Notation: Xiao & Zhu, Foundations of Large Language Models, ch. 3 (arXiv 2501.09223).
 """
@@ -47,7 +48,8 @@ class ExactLM:
     tables: L tensors of logits, table t of shape [C, V^t, V]. They may require grad,
             or be computed from a smaller parameter (see `memoryless`)
 
-    Raises ArgumentError where a table has another shape than its place asks for.
+    Raises ArgumentError where a table has another shape than its place asks for, or a
+    logit that is not finite.
     """
 
     def __init__(self, tables: Sequence[Float[Tensor, "c prefixes v"]]):
@@ -58,6 +60,11 @@ class ExactLM:
                 raise ArgumentError(
                     f"table {t} has the shape {list(table.shape)}",
                     f"give [C, V^t, V] = {[contexts, vocab**t, vocab]}",
+                )
+            if not table.isfinite().all():
+                raise ArgumentError(
+                    f"table {t} has a logit that is not finite",
+                    "give what is impossible a low logit, such as -50",
                 )
         self.contexts, self.vocab, self.length = contexts, vocab, len(self.tables)
 
@@ -135,11 +142,28 @@ def sequences(vocab: int, length: int) -> Int[Tensor, "n l"]:
     return torch.cartesian_prod(*[torch.arange(vocab)] * length).view(-1, length)
 
 
+def _check_comparable(first, second) -> None:
+    kinds = [(model.vocab, model.length) for model in (first, second)]
+    contexts = {first.contexts, second.contexts}
+    if kinds[0] != kinds[1] or len(contexts - {1}) > 1:
+        raise ArgumentError(
+            f"models of (V, L) = {kinds[0]} and {kinds[1]}, with {first.contexts} and "
+            f"{second.contexts} contexts",
+            "give both the same V and L, and as many contexts, or one of them just 1",
+        )
+
+
 # --- sequence-level quantities -------------------------------------------------------
 
 
 def sequence_forward_kl(teacher: ExactLM, student: ExactLM) -> ByContext:
-    """KL(p_t || p_s) = sum_y Pr_t(y | c) (log Pr_t(y | c) - log Pr_s(y | c'))."""
+    """KL(p_t || p_s) = sum_y Pr_t(y | c) (log Pr_t(y | c) - log Pr_s(y | c')).
+
+    c' is c, or a student of one context stands beside each of the teacher's.
+
+    Raises ArgumentError where the two are not about the same sequences and contexts.
+    """
+    _check_comparable(teacher, student)
     log_pt, log_ps = teacher.log_probs(), student.log_probs()
     return (log_pt.exp() * (log_pt - log_ps)).sum(-1)
 
@@ -173,7 +197,11 @@ def token_level(
     student's prefixes is exposure bias, and GKD's on-policy loss (arXiv 2306.13649).
 
     divergence: any function of divergences.py, (student_logits, teacher_logits)
+
+    Raises ArgumentError where the models are not about the same sequences and contexts.
     """
+    _check_comparable(teacher, student)
+    _check_comparable(teacher, prefixes_from)
     positions = []
     for t, (t_logits, s_logits) in enumerate(
         zip(teacher.tables, student.tables, strict=True)
@@ -226,6 +254,7 @@ def estimator_moments(
     with w the estimator's derivative by its first argument. Its square needs no
     4096 gradients, because the score of a softmax is one-hot minus probabilities.
     """
+    _check_comparable(teacher, student)
     if teacher.contexts != student.contexts:
         raise ArgumentError(
             f"{teacher.contexts} teacher contexts, {student.contexts} of the student",
@@ -278,7 +307,14 @@ def context_floor(
     prior:      [C] probabilities of the contexts; uniform by default
     simplified: [C] the number of the x' that is left of each context; by default all
                 have the same: nothing is left
-    Returns the floor and the mixture, a model with one context for each x'.
+    Returns the floor and the mixture, a model with one context for each x', in the
+    order of their numbers.
+
+    Source: Cover & Thomas, Elements of Information Theory, 2nd ed., section 13.1, where
+    it is the redundancy of the best single code for several sources.
+
+    Raises ArgumentError where prior and simplified are not about these contexts, or the
+    prior is none.
     """
     members, log_weights = _groups(teacher, prior, simplified)
     log_joint = teacher.log_probs()

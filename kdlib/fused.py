@@ -20,11 +20,13 @@ multiply that gradient into the head and into the hidden states, and forget it:
         d W_s += G^T h_s                          # product 4, summed in float32
 
 Four matrix products are the least that any method needs, and no product is done twice.
+Hard labels need no product of their own: the gradient of their cross-entropy is added
+to G while S is at hand.
 
 The price. The gradient exists before autograd says what the loss is multiplied by. A
 number that multiplies the whole loss can wait for the backward pass; a weight per token
-cannot. So weights per token go IN (`token_weights`), one differentiable scalar comes
-out, and the per-token values beside it are detached.
+cannot. So weights per token go IN (`token_weights`, `label_weights`), one
+differentiable scalar comes out, and the per-token values beside it are detached.
 """
 
 from __future__ import annotations
@@ -38,13 +40,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from kdlib.divergences import DIVERGENCES, get_divergence
+from kdlib.divergences import DIVERGENCES, get_divergence, tempered_log_softmax
 from kdlib.errors import ArgumentError, ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
     from torch import Tensor
 
 # Triton compiles for CUDA alone; its interpreter runs the same kernel on a CPU (tests).
@@ -130,8 +132,9 @@ class Head:
 
 
 class FusedDivergence(NamedTuple):
-    total: Float[Tensor, ""]  # sum over n of token_weights[n] * per_token[n]
-    per_token: Float[Tensor, " n"]  # detached
+    total: Float[Tensor, ""]  # sum of token_weights * per_token + label_weights * hard
+    per_token: Float[Tensor, " n"]  # the divergences, detached
+    hard: Float[Tensor, " n"] | None  # the labels' cross-entropies, detached
 
 
 def fused_divergence(
@@ -143,11 +146,13 @@ def fused_divergence(
     divergence: str = "forward_kl",
     temperature: float = 1.0,
     token_weights: Float[Tensor, " n"] | None = None,
+    labels: Int[Tensor, " n"] | None = None,
+    label_weights: Float[Tensor, " n"] | None = None,
     exact: bool = False,
     workspace: int | None = None,
     **params: float,
 ) -> FusedDivergence:
-    """sum_n token_weights[n] D_n and the D_n, from hidden states, in nats.
+    """The weighted sum of per-token divergences and the values, from hidden states.
 
     The meaning is, term for term,
 
@@ -156,14 +161,24 @@ def fused_divergence(
                       teacher_head.logits(teacher_hidden), temperature=temperature)
         total = (token_weights * per_token).sum()
 
+    and with labels, the ordinary cross-entropy beside it, at temperature 1,
+
+        hard = cross_entropy(student_head.logits(student_hidden), labels)
+        total += (label_weights * hard).sum()
+
+    whose gradient, label_weights (softmax(z_s) - onehot(labels)), is added to G as the
+    divergence's own is written (see the table below): no product is done for it.
+
     Pass the rows that count, `view.select(hidden)`: what is not passed is not
-    projected. Columns beyond min(V_s, V_t) are never computed.
+    projected. Columns beyond min(V_s, V_t) are computed for labels alone, and then only
+    the student's.
 
     Gradient: of `total` alone, to student_hidden and to the student head's weight and
       bias, whichever require it (detach the weight and its product is saved). The
       teacher gets none. Everything that multiplies tokens differently (1/num_items,
-      1/length for sequence means, T^2) belongs in token_weights, which is a constant.
-      A sharded head (FSDP) has to be gathered first.
+      1/length for sequence means, T^2, the share of the hard labels) belongs in
+      token_weights and label_weights, which are constants and 1 by default. A sharded
+      head (FSDP) has to be gathered first.
     exact: keep the logits of half-precision models in float32. Without it they are
       rounded to the model's dtype, as its own forward pass does. Sums are in float32
       either way, and float32 or float64 models are computed as they are.
@@ -180,7 +195,8 @@ def fused_divergence(
     run = torch.compiler.disable(_run) if torch.compiler.is_compiling() else _run
     return run(
         *(student_hidden, student_head, teacher_hidden, teacher_head),
-        *(divergence, temperature, token_weights, exact, workspace, params),
+        *(divergence, temperature, token_weights, labels, label_weights),
+        *(exact, workspace, params),
     )
 
 
@@ -192,6 +208,8 @@ def _run(
     divergence,
     temperature,
     token_weights,
+    labels,
+    label_weights,
     exact,
     workspace,
     params,
@@ -199,14 +217,11 @@ def _run(
     function = get_divergence(divergence, **params)
     _check(student_hidden, student_head, teacher_hidden, teacher_head)
     _check_numbers(temperature, student_head, teacher_head, workspace)
-    rows = student_hidden.shape[0]
-    if token_weights is None:
-        token_weights = torch.ones(rows, device=student_hidden.device)
-    if token_weights.shape != (rows,):
-        raise ArgumentError(
-            f"token_weights {list(token_weights.shape)} for {rows} rows",
-            "pass one weight a row of student_hidden",
-        )
+    ones = torch.ones(len(student_hidden), device=student_hidden.device)
+    token_weights = ones if token_weights is None else token_weights.detach()
+    if labels is not None:
+        label_weights = ones if label_weights is None else label_weights.detach()
+    _check_tokens(token_weights, labels, label_weights, student_hidden, student_head)
     job = _Job(
         student_head=student_head,
         teacher_head=teacher_head,
@@ -215,7 +230,9 @@ def _run(
         teacher_dtype=_product_dtype(teacher_hidden),
         exact=exact,
         workspace=workspace or WORKSPACE.get(student_hidden.device.type, GIB // 4),
-        token_weights=token_weights.detach(),
+        token_weights=token_weights,
+        labels=None if labels is None else labels.long(),
+        label_weights=label_weights,
         temperature=temperature,
         function=function,
         closed_form=_closed_form(divergence, params),
@@ -238,10 +255,34 @@ class _Job:
     exact: bool
     workspace: int
     token_weights: Tensor
+    labels: Tensor | None
+    label_weights: Tensor | None
     temperature: float
     function: Callable
     closed_form: tuple[str, float] | None
     wants_gradient: bool
+
+
+class _Tokens(NamedTuple):
+    """One number a row: what goes into the loss besides the logits, and what comes out.
+
+    The last three are None without labels.
+    """
+
+    weights: Tensor
+    per_token: Tensor
+    label_weights: Tensor | None
+    labels: Tensor | None
+    hard: Tensor | None
+
+    def rows(self, rows: slice) -> _Tokens:
+        return _Tokens(*(None if column is None else column[rows] for column in self))
+
+    def total(self) -> Tensor:
+        total = (self.weights * self.per_token).sum()
+        if self.hard is None:
+            return total
+        return total + (self.label_weights * self.hard).sum()
 
 
 class _Fused(torch.autograd.Function):
@@ -252,36 +293,49 @@ class _Fused(torch.autograd.Function):
         )
         wants_any = wants_hidden or wants_weight or wants_bias
         rows, vocab = len(hidden), min(len(weight), len(job.teacher_head.weight))
+        has_labels = job.labels is not None
+        columns = len(weight) if has_labels else vocab  # of S and G; T has `vocab`
         wide = torch.promote_types(job.student_dtype, torch.float32)
         # Under autocast these casts copy; otherwise they cost nothing.
-        h_s, w_s = hidden.to(job.student_dtype), weight[:vocab].to(job.student_dtype)
+        h_s, w_s = hidden.to(job.student_dtype), weight[:columns].to(job.student_dtype)
         h_t = job.teacher_hidden.to(job.teacher_dtype)
         w_t = job.teacher_head.weight[:vocab].to(job.teacher_dtype)
 
         gain = torch.ones((), dtype=wide, device=hidden.device)
         if job.student_dtype == torch.float16 and rows:
-            largest = job.token_weights.abs().max().to(wide)
+            largest = job.token_weights.abs().to(wide)
+            if has_labels:
+                largest = largest + job.label_weights.abs()
+            largest = largest.max()
             gain = FLOAT16_GAIN / torch.where(largest > 0, largest, 1.0)
-        row_weights = job.token_weights.to(wide) * gain
+
+        new = functools.partial(torch.empty, dtype=wide, device=hidden.device)
+        tokens = _Tokens(
+            weights=job.token_weights.to(wide) * gain,
+            per_token=new(rows),
+            label_weights=job.label_weights.to(wide) * gain if has_labels else None,
+            labels=job.labels,
+            hard=new(rows) if has_labels else None,
+        )
 
         # The three sums. torch.empty, because the first panel writes without reading.
-        new = functools.partial(torch.empty, dtype=wide, device=hidden.device)
-        per_token = new(rows)
         d_hidden = new(hidden.shape) if wants_hidden else None
         d_weight = new(weight.shape) if wants_weight else None
         d_bias = new(bias.shape).zero_() if wants_bias else None
         if d_weight is not None:
-            d_weight[vocab if rows else 0 :].zero_()  # the columns of one side alone
+            d_weight[columns if rows else 0 :].zero_()  # what no chunk reaches
 
         s_dtype = wide if job.exact else job.student_dtype
         t_dtype = torch.promote_types(job.teacher_dtype, torch.float32)
         t_dtype = t_dtype if job.exact else job.teacher_dtype
         in_place = s_dtype == job.student_dtype  # can G overwrite S?
-        chunk, panel = _rows(job, vocab, s_dtype, t_dtype, in_place, wants_any)
-        buffer = functools.partial(_buffer, vocab=vocab, device=hidden.device)
-        gradients = buffer(min(panel, rows), dtype=job.student_dtype)
-        t_logits = buffer(min(chunk, rows), dtype=t_dtype)
-        s_logits = None if in_place else buffer(min(chunk, rows), dtype=s_dtype)
+        chunk, panel = _rows(job, columns, s_dtype, t_dtype, in_place, wants_any)
+        buffer = functools.partial(_buffer, device=hidden.device)
+        gradients = buffer(min(panel, rows), columns, dtype=job.student_dtype)
+        t_logits = buffer(min(chunk, rows), vocab, dtype=t_dtype)
+        s_logits = None
+        if not in_place:
+            s_logits = buffer(min(chunk, rows), columns, dtype=s_dtype)
         use_triton = job.closed_form and _uses_triton(hidden.device)
         differentiate = _by_triton if use_triton else _by_autograd
 
@@ -297,23 +351,24 @@ class _Fused(torch.autograd.Function):
                 _project(t, h_t[start:stop], w_t, job.teacher_head.bias)
                 g_out = g if wants_any else None
                 here = slice(start, stop)
-                differentiate(s, t, g_out, per_token[here], row_weights[here], job)
+                differentiate(s, t, g_out, tokens.rows(here), job)
             if d_hidden is not None:
                 _product(d_hidden[first:last], g_panel, w_s)
             if d_weight is not None:
                 h_panel = h_s[first:last]
-                _product(d_weight[:vocab], g_panel.T, h_panel, add=first > 0)
+                _product(d_weight[:columns], g_panel.T, h_panel, add=first > 0)
             if d_bias is not None:
-                d_bias[:vocab] += g_panel.sum(0, dtype=wide)
+                d_bias[:columns] += g_panel.sum(0, dtype=wide)
 
         ctx.save_for_backward(d_hidden, d_weight, d_bias, gain)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(per_token)
-        return (per_token * job.token_weights.to(wide)).sum(), per_token
+        values = tokens.per_token, tokens.hard
+        ctx.mark_non_differentiable(*(x for x in values if x is not None))
+        return tokens.total() / gain, *values
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream, _):
+    def backward(ctx, upstream, *_):
         *sums, gain = ctx.saved_tensors
         # Not in place: the graph may be kept and run backward again. Scaling and the
         # only rounding to the parameters' dtype are one pass.
@@ -354,42 +409,49 @@ def _padded(vocab) -> int:
     return -(-vocab // 64) * 64
 
 
-def _buffer(rows, *, vocab, dtype, device) -> Tensor:
-    return torch.empty(rows, _padded(vocab), dtype=dtype, device=device)[:, :vocab]
+def _buffer(rows, columns, *, dtype, device) -> Tensor:
+    return torch.empty(rows, _padded(columns), dtype=dtype, device=device)[:, :columns]
 
 
-def _rows(job, vocab, s_dtype, t_dtype, in_place, wants_gradient) -> tuple[int, int]:
+def _rows(job, columns, s_dtype, t_dtype, in_place, wants_gradient) -> tuple[int, int]:
     """(rows of a chunk, rows of a panel) that the workspace has room for."""
-    vocab = _padded(vocab)
-    chunk = job.workspace // (5 * vocab * max(s_dtype.itemsize, t_dtype.itemsize))
+    columns = _padded(columns)
+    chunk = job.workspace // (5 * columns * max(s_dtype.itemsize, t_dtype.itemsize))
     chunk = max(1, chunk)
     if chunk > 128:
         chunk -= chunk % 128  # whole tiles of a matrix product
     if not wants_gradient:
         return chunk, chunk
-    logits = chunk * vocab * (t_dtype.itemsize + (0 if in_place else s_dtype.itemsize))
-    room = (job.workspace - logits) // (chunk * vocab * job.student_dtype.itemsize)
+    row = columns * (t_dtype.itemsize + (0 if in_place else s_dtype.itemsize))
+    room = (job.workspace - chunk * row) // (
+        chunk * columns * job.student_dtype.itemsize
+    )
     return chunk, chunk * max(1, room)
 
 
 # --------------------------------------------------- loss and gradient, any divergence
 
 
-def _by_autograd(s, t, out, per_token, row_weights, job) -> None:
-    """per_token = D(s, t) and out = row_weights * dD/ds; `out` may be `s` itself."""
+def _by_autograd(s, t, out, tokens, job) -> None:
+    """The losses into `tokens`, their weighted gradient to s into `out` (maybe s)."""
     step = max(1, SLICE.get(s.device.type, 2**23) // s.shape[1])
     wide = torch.promote_types(s.dtype, torch.float32)
     for first in range(0, len(s), step):
         rows = slice(first, first + step)
+        here = tokens.rows(rows)
         with torch.set_grad_enabled(out is not None):
             logits = s[rows].detach().to(wide).requires_grad_(out is not None)
             teacher = job.teacher_head.shape(t[rows].to(wide))
             student = job.student_head.shape(logits)
             values = job.function(student, teacher, temperature=job.temperature)
-        per_token[rows] = values.detach()
-        if out is not None:
-            weights = row_weights[rows].to(values.dtype)
-            (out[rows],) = torch.autograd.grad(values, logits, weights)
+            live = here._replace(per_token=values)
+            if here.labels is not None:
+                log_ps = tempered_log_softmax(student, 1.0)
+                live = live._replace(hard=-log_ps.gather(1, here.labels[:, None])[:, 0])
+                here.hard.copy_(live.hard.detach())
+            here.per_token.copy_(values.detach())
+            if out is not None:
+                (out[rows],) = torch.autograd.grad(live.total(), logits)
 
 
 # ----------------------------------------------------- loss and gradient, in one kernel
@@ -416,6 +478,10 @@ def _by_autograd(s, t, out, per_token, row_weights, job) -> None:
 # normalisers (and D of reverse_kl), one for the loss and the gradient. Others need one
 # more. A pass reads 2 V logits, the time of the kernel, so each pass runs against the
 # direction of the one before: what was read last is still in the cache.
+#
+# Hard labels enter below the table, as the last pass writes the gradient. Theirs is
+# another softmax, at temperature 1 and over all V_s columns: its normaliser is one more
+# sum in pass 1, and (softmax(z_s T) - onehot(label)) times the label's weight is added.
 
 
 def _closed_form(name, params) -> tuple[str, float] | None:
@@ -439,23 +505,29 @@ def _uses_triton(device) -> bool:
     return HAS_TRITON and (device.type == "cuda" or INTERPRETED)
 
 
-def _by_triton(s, t, out, per_token, row_weights, job) -> None:
+def _by_triton(s, t, out, tokens, job) -> None:
     kind, value = job.closed_form
     mixture = {"generalized_jsd": value, "skew_kl": value, "skew_reverse_kl": 1 - value}
     wide = torch.promote_types(s.dtype, t.dtype) == torch.float64
     block = BLOCK_BYTES // max(s.dtype.itemsize, t.dtype.itemsize)
     block = min(block, triton.next_power_of_2(s.shape[1]))
+    has_labels = tokens.labels is not None
+    unused = tokens.per_token
     with torch.cuda.device_of(s):  # Triton launches on the current device
         _kernel[(len(s),)](
             *(s, s.stride(0), t, t.stride(0)),
             *(s if out is None else out, 0 if out is None else out.stride(0)),
-            *(per_token, row_weights, s.shape[1]),
+            *(tokens.per_token, tokens.weights),
+            *(tokens.hard, tokens.labels) if has_labels else (unused, unused),
+            tokens.label_weights if has_labels else unused,
+            *(min(s.shape[1], t.shape[1]), s.shape[1], job.temperature),
             *_shape_numbers(job.student_head, job.temperature),
             *_shape_numbers(job.teacher_head, job.temperature),
             *(value, mixture.get(kind, 0.0)),
             KIND=kind,
             S_CAPPED=job.student_head.softcap is not None,
             T_CAPPED=job.teacher_head.softcap is not None,
+            LABELS=has_labels,
             WRITE=out is not None,
             DTYPE=tl.float64 if wide else tl.float32,
             BLOCK=block,
@@ -532,8 +604,13 @@ def _kernel(
     out_ptr,
     out_stride,
     per_token_ptr,
-    row_weight_ptr,
+    weight_ptr,
+    hard_ptr,
+    label_ptr,
+    label_weight_ptr,
     vocab,
+    s_vocab,
+    temperature,
     s_outer,
     s_inner,
     t_outer,
@@ -543,17 +620,21 @@ def _kernel(
     KIND: tl.constexpr,
     S_CAPPED: tl.constexpr,
     T_CAPPED: tl.constexpr,
+    LABELS: tl.constexpr,
     WRITE: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a row: the row's loss, and its gradient written over `out`."""
+    """One program a row: the row's losses, and their gradient written over `out`.
+
+    vocab columns are compared; with labels the student may have more, s_vocab.
+    """
     row = tl.program_id(0).to(tl.int64)
     s_ptr += row * s_stride
     t_ptr += row * t_stride
     out_ptr += row * out_stride
     lanes = tl.arange(0, BLOCK)
-    last = (vocab - 1) // BLOCK
+    last = (s_vocab - 1) // BLOCK
 
     # Pass 1, forwards: log-sum-exp of both sides. Every lane keeps a maximum and a sum
     # of its own, so that lanes need not meet before the end, and pays one exponential a
@@ -563,9 +644,17 @@ def _kernel(
     s_sum = tl.zeros([BLOCK], DTYPE)
     t_sum = tl.zeros([BLOCK], DTYPE)
     gap = tl.zeros([BLOCK], DTYPE)  # sum of e^z_s (z_s - z_t), for reverse_kl
+    h_max = tl.full([BLOCK], -1e38, DTYPE)  # h = z_s T, for the labels
+    h_sum = tl.zeros([BLOCK], DTYPE)
     for i in tl.range(0, last + 1, num_stages=3):
         columns = i * BLOCK + lanes
-        s, _ = _z(s_ptr, s_stride, columns, vocab, s_outer, s_inner, S_CAPPED, DTYPE)
+        s, _ = _z(s_ptr, s_stride, columns, s_vocab, s_outer, s_inner, S_CAPPED, DTYPE)
+        if LABELS:
+            h = s * temperature
+            e = tl.exp(-tl.abs(h - h_max))
+            h_sum = tl.where(h > h_max, h_sum * e + 1, h_sum + e)
+            h_max = tl.maximum(h_max, h)
+            s = tl.where(columns < vocab, s, float("-inf"))
         t, _ = _z(t_ptr, t_stride, columns, vocab, t_outer, t_inner, T_CAPPED, DTYPE)
         e = tl.exp(-tl.abs(s - s_max))
         if KIND == "reverse_kl" or KIND == "kl_mix":
@@ -601,24 +690,39 @@ def _kernel(
             sums += a
         sum_a = tl.sum(sums, 0)
 
-    # The last pass: the loss, and the gradient over the student's logits.
-    row_weight = tl.load(row_weight_ptr + row)
+    # The last pass: the losses, and their gradient over the student's logits.
+    row_weight = tl.load(weight_ptr + row)
     losses = tl.zeros([BLOCK], DTYPE)
+    if LABELS:
+        label, label_weight = tl.load(label_ptr + row), tl.load(label_weight_ptr + row)
+        h_top = tl.max(h_max, 0)
+        h_norm = h_top + tl.log(tl.sum(h_sum * tl.exp(h_max - h_top), 0))
+        hard = tl.zeros([BLOCK], DTYPE)
     backwards = KIND == "forward_kl" or KIND == "cross_entropy"
     backwards = backwards or KIND == "reverse_kl" or KIND == "kl_mix"
     for i in tl.range(0, last + 1, num_stages=3):
         columns = ((last - i) if backwards else i) * BLOCK + lanes
         s, slope = _z(
-            s_ptr, s_stride, columns, vocab, s_outer, s_inner, S_CAPPED, DTYPE
+            s_ptr, s_stride, columns, s_vocab, s_outer, s_inner, S_CAPPED, DTYPE
         )
+        if LABELS:
+            h = s * temperature
+            s = tl.where(columns < vocab, s, float("-inf"))
         t, _ = _z(t_ptr, t_stride, columns, vocab, t_outer, t_inner, T_CAPPED, DTYPE)
         d, a, ps = _terms(s - s_norm, t - t_norm, value, weight, KIND)
         losses += d
+        g = (a - ps * sum_a) * slope * row_weight
+        if LABELS:
+            hit = columns == label
+            hard += tl.where(hit, h_norm - h, 0.0)
+            surplus = tl.exp(h - h_norm) - tl.where(hit, 1.0, 0.0)
+            g += surplus * slope * temperature * label_weight
         if WRITE:
-            g = (a - ps * sum_a) * slope * row_weight
             g = g.to(out_ptr.dtype.element_ty)
             tl.store(out_ptr + columns, g, mask=columns < out_stride)
     tl.store(per_token_ptr + row, tl.sum(losses, 0))
+    if LABELS:
+        tl.store(hard_ptr + row, tl.sum(hard, 0))
 
 
 # ------------------------------------------------------------------------- arguments
@@ -661,6 +765,36 @@ def _check(student_hidden, student_head, teacher_hidden, teacher_head) -> None:
     if len(devices) > 1:
         raise ArgumentError(
             f"tensors on {sorted(devices)}", "move both sides to one device"
+        )
+
+
+def _check_tokens(token_weights, labels, label_weights, hidden, head) -> None:
+    rows, vocab = len(hidden), len(head.weight)
+    for name, weights in (
+        ("token_weights", token_weights),
+        ("label_weights", label_weights),
+    ):
+        if weights is not None and weights.shape != (rows,):
+            raise ArgumentError(
+                f"{name} {list(weights.shape)} for {rows} rows",
+                "pass one weight a row of student_hidden",
+            )
+    if labels is None:
+        if label_weights is not None:
+            raise ArgumentError("label_weights without labels", "pass labels [N] too")
+        return
+    if labels.shape != (rows,) or labels.is_floating_point():
+        raise ArgumentError(
+            f"labels {list(labels.shape)} {labels.dtype} for {rows} rows",
+            "pass one token id a row of student_hidden",
+        )
+    low, high = torch.stack(labels.aminmax()).tolist() if rows else (0, 0)
+    if low < 0 or high >= vocab:
+        raise ArgumentError(
+            f"labels from {low} to {high}, but the student's vocabulary has {vocab}"
+            " tokens",
+            "select response rows first (there is no ignore_index), and use the"
+            " student's own tokenizer",
         )
 
 

@@ -15,7 +15,6 @@ is a short tag, or nothing.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import gzip
 import hashlib
@@ -24,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdlib.errors import ArgumentError, DataError
+from kdlib.errors import ArgumentError, DataError, nearest
 from kdlib.pairs import PairedExample
 
 LOCALES = {
@@ -199,8 +198,4 @@ def check_name(argument: str, value: str, known) -> None:
     """Raise ArgumentError, with the nearest right name, if `value` is unknown."""
     if value in known:
         return
-    near = difflib.get_close_matches(str(value), list(known), 1)
-    meant = f"did you mean {near[0]!r}? " if near else ""
-    raise ArgumentError(
-        f"{argument}={value!r} is unknown", f"{meant}use one of {', '.join(known)}"
-    )
+    raise ArgumentError(f"{argument}={value!r} is unknown", nearest(value, known))

@@ -12,15 +12,13 @@ give `num_items`, the count over the whole batch, and the micro-batches' totals 
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from kdlib.divergences import get_divergence
-from kdlib.errors import ArgumentError
+from kdlib.divergences import get_divergence, tempered_log_softmax
+from kdlib.errors import ArgumentError, nearest
 from kdlib.sparse import SparseTargets, sparse_divergence
 
 if TYPE_CHECKING:
@@ -86,10 +84,8 @@ class Objective:
                 f"hard_weight = {self.hard_weight}", "choose hard_weight in [0, 1]"
             )
         if self.reduction not in REDUCTIONS:
-            near = difflib.get_close_matches(self.reduction, REDUCTIONS, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
             raise ArgumentError(
-                f"reduction = {self.reduction!r}", f"{hint}choose one of {REDUCTIONS}"
+                f"reduction = {self.reduction!r}", nearest(self.reduction, REDUCTIONS)
             )
 
     def __call__(
@@ -134,9 +130,10 @@ class Objective:
             if soft_weight > 0:
                 per_token = per_token + soft_weight * parts["soft"]
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.hard_weight > 0):
-            parts["hard"] = F.cross_entropy(
-                student_logits.to(dtype), response_ids.long(), reduction="none"
-            )
+            # not F.cross_entropy: see tempered_log_softmax about large vocabularies
+            log_ps = tempered_log_softmax(student_logits, 1.0)
+            chosen = response_ids.long()[:, None]
+            parts["hard"] = -log_ps.gather(-1, chosen).squeeze(-1)
         if self.hard_weight > 0:
             per_token = per_token + self.hard_weight * parts["hard"]
 

@@ -139,6 +139,7 @@ def _train_rows(plan, data: Data, state: dict, seed, out: Path, show, say) -> No
     def finished(name: str) -> None:
         state["trained"].append(name)
         write_json(out / "state.json", state)
+        bar.clear()  # or the line would follow the bar's text
         say(f"{name}: trained")
 
     with tqdm(

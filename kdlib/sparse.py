@@ -14,7 +14,8 @@ cached teacher in teachers.py does.
   drawn to the renormalised top k, sharper than the teacher (k too small shows as
   over-confidence).
 - "renormalize": both sides are renormalised on the k tokens. BLIND to the tail: a
-  student with nearly all its mass elsewhere has loss 0 if its k ratios are right.
+  student with nearly all its mass elsewhere has loss 0 if its k ratios are right. Where
+  the student rules all k out (-inf) there is nothing to renormalise: NaN.
 
 Randomly sampled targets (sampled_targets) have no such bias: their expected loss and
 gradient are those of the dense forward KL, whatever the number of samples.

@@ -79,6 +79,12 @@ def test_all_estimates_are_exactly_zero_where_the_two_agree(pair):
         assert (estimate(name, log_ps, log_ps.detach()) == 0).all()
 
 
+def test_a_token_that_the_teacher_rules_out_costs_infinity():
+    log_ps, log_pt = torch.tensor([-1.0]), torch.tensor([-math.inf])
+    for name in ("k1", "k2", "k3"):
+        assert estimate(name, log_ps, log_pt).item() == math.inf
+
+
 @pytest.mark.parametrize("name", ["score_function", "k2"])
 def test_the_surrogates_expected_gradient_is_that_of_reverse_kl(pair, name):
     log_ps, log_pt, _ = distributions(pair)

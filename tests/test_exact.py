@@ -319,6 +319,17 @@ def test_bad_input_is_refused_with_the_remedy():
         ExactLM([torch.zeros(2, 1, 3), torch.zeros(2, 2, 3)])
     with pytest.raises(ArgumentError, match="one number for each sequence"):
         ExactLM.from_joint(torch.zeros(1, 10), 3)
+    with pytest.raises(ArgumentError, match="table 0 has a logit that is not finite"):
+        ExactLM([torch.tensor([[[0.0, -math.inf]]])])
+    with pytest.raises(ArgumentError, match="not finite"):
+        ExactLM.from_modes([(0, 1)], vocab=2, noise=0.0)
+    with pytest.raises(ArgumentError, match=r"\(2, 4\) and \(4, 2\)"):  # both have 16
+        sequence_reverse_kl(ExactLM.random(4, 2), ExactLM.random(2, 4))
+    two, three = ExactLM.random(2, 2, 2), ExactLM.random(2, 2, 3)
+    with pytest.raises(ArgumentError, match="2 and 3 contexts"):
+        sequence_forward_kl(two, three)
+    with pytest.raises(ArgumentError, match="2 and 3 contexts"):
+        token_level(two, two, prefixes_from=three)
     teacher, student = ExactLM.random(3, 2, 2), ExactLM.random(3, 2, 1)
     with pytest.raises(ArgumentError, match="as many contexts"):
         estimator_moments(ESTIMATORS["k1"], teacher, student)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +19,7 @@ from kdlib import fused
 from kdlib.divergences import DIVERGENCES, get_divergence
 from kdlib.errors import ArgumentError, ModelError
 from kdlib.fused import Head, fused_divergence
+from kdlib.objective import Objective
 from kdlib.pairs import View
 
 
@@ -61,6 +63,8 @@ class Problem:
         self.w_s, self.w_t = draw(vocabs[0], widths[0]), draw(vocabs[1], widths[1])
         self.b_s, self.b_t = draw(vocabs[0]), draw(vocabs[1])
         self.weights = torch.rand(rows, generator=g, dtype=torch.float64).to(dtype)
+        self.labels = torch.randint(vocabs[0], (rows,), generator=g)
+        self.label_weights = 3 * self.weights.flip(0) + 0.5
         self.bias, self.scales, self.softcaps = bias, scales, softcaps
         for leaf in self.leaves:
             leaf.requires_grad_()
@@ -86,17 +90,24 @@ class Problem:
             ),
         )
 
-    def naive(self, name="forward_kl", temperature=1.0, **params):
+    def naive(self, name="forward_kl", temperature=1.0, hard=False, **params):
         student, teacher = self.heads
         divergence = get_divergence(name, **params)
+        logits = student.logits(self.h_s)
         per_token = divergence(
-            student.logits(self.h_s), teacher.logits(self.h_t), temperature=temperature
+            logits, teacher.logits(self.h_t), temperature=temperature
         )
-        total = (self.weights * per_token).sum()
-        return total, per_token, torch.autograd.grad(total, self.leaves)
+        total, of_labels = (self.weights * per_token).sum(), None
+        if hard:
+            of_labels = F.cross_entropy(logits, self.labels, reduction="none")
+            total = total + (self.label_weights * of_labels).sum()
+        gradients = torch.autograd.grad(total, self.leaves)
+        return total, per_token, of_labels, gradients
 
-    def fused(self, name="forward_kl", **options):
+    def fused(self, name="forward_kl", hard=False, **options):
         student, teacher = self.heads
+        if hard:
+            options |= {"labels": self.labels, "label_weights": self.label_weights}
         return fused_divergence(
             *(self.h_s, student, self.h_t, teacher),
             divergence=name,
@@ -106,16 +117,20 @@ class Problem:
 
     def chunks_of(self, rows):
         """A workspace with room for so many rows of logits."""
-        vocab = min(len(self.w_s), len(self.w_t))
+        vocab = max(len(self.w_s), len(self.w_t))
         return 5 * rows * fused._padded(vocab) * self.h_s.dtype.itemsize
 
 
 def assert_equal_to_naive(problem, tolerance, name="forward_kl", **options):
     where = {k: v for k, v in options.items() if k not in ("workspace", "exact")}
-    total, per_token, gradients = problem.naive(name, **where)
+    total, per_token, of_labels, gradients = problem.naive(name, **where)
     got = problem.fused(name, **options)
     close = {"rtol": tolerance, "atol": tolerance, "check_dtype": False}
     torch.testing.assert_close(got.per_token, per_token.detach(), **close)
+    if of_labels is None:
+        assert got.hard is None
+    else:
+        torch.testing.assert_close(got.hard, of_labels.detach(), **close)
     torch.testing.assert_close(got.total, total, **close)
     for g, wanted in zip(
         torch.autograd.grad(got.total, problem.leaves), gradients, strict=True
@@ -128,9 +143,10 @@ def assert_equal_to_naive(problem, tolerance, name="forward_kl", **options):
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("softcaps", [(None, None), (3.0, 4.0)])
-def test_every_divergence_equals_the_naive_one_in_float64(name, softcaps):
+@pytest.mark.parametrize("hard", [False, True])
+def test_every_divergence_equals_the_naive_one_in_float64(name, softcaps, hard):
     problem = Problem(rows=13, softcaps=softcaps)  # two panels, seven chunks
-    options = {"temperature": 2.0, "workspace": problem.chunks_of(2)}
+    options = {"temperature": 2.0, "workspace": problem.chunks_of(2), "hard": hard}
     assert_equal_to_naive(problem, 1e-10, name, **options, **PARAMS.get(name, {}))
 
 
@@ -155,8 +171,9 @@ options = st.fixed_dictionaries(
     temperature=st.sampled_from([0.5, 1.0, 4.0]),
     chunk=st.integers(1, 10),
     exact=st.booleans(),
+    hard=st.booleans(),
 )
-def test_equals_the_naive_one(options, dtype, name, temperature, chunk, exact):
+def test_equals_the_naive_one(options, dtype, name, temperature, chunk, exact, hard):
     problem = Problem(dtype=dtype, **options)
     assert_equal_to_naive(
         problem,
@@ -165,18 +182,73 @@ def test_equals_the_naive_one(options, dtype, name, temperature, chunk, exact):
         temperature=temperature,
         workspace=problem.chunks_of(chunk),
         exact=exact,
+        hard=hard,
         **PARAMS.get(name, {}),
     )
 
 
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "sum"])
+def test_hard_labels_are_those_of_the_objective(reduction):
+    problem = Problem(vocabs=(40, 33))  # labels among the student's own columns as well
+    problem.labels[:2] = torch.tensor([39, 35])
+    student, teacher = problem.heads
+    objective = Objective(
+        "skew_kl", temperature=2.0, hard_weight=0.25, reduction=reduction
+    )
+    row_ids = torch.tensor([0, 0, 0, 1, 2, 2, 2])
+    wanted = objective(
+        *(student.logits(problem.h_s), teacher.logits(problem.h_t), problem.labels),
+        row_ids=row_ids,
+    )
+    gradients = torch.autograd.grad(wanted.total, problem.leaves)
+    share = {
+        "token_mean": torch.full((7,), 1 / 7, dtype=torch.float64),
+        "sequence_mean": (1 / 3 / row_ids.bincount().double())[row_ids],
+        "sum": torch.ones(7, dtype=torch.float64),
+    }[reduction]
+    got = fused_divergence(
+        *(problem.h_s, student, problem.h_t, teacher),
+        divergence="skew_kl",
+        temperature=2.0,
+        token_weights=0.75 * 4 * share,
+        labels=problem.labels,
+        label_weights=0.25 * share,
+    )
+    close = {"rtol": 1e-10, "atol": 1e-10}
+    torch.testing.assert_close(got.total, wanted.total, **close)
+    torch.testing.assert_close(share @ got.per_token, wanted.parts["soft"], **close)
+    torch.testing.assert_close(share @ got.hard, wanted.parts["hard"], **close)
+    for g, w in zip(
+        torch.autograd.grad(got.total, problem.leaves), gradients, strict=True
+    ):
+        torch.testing.assert_close(g, w, **close)
+
+
+def test_label_weights_are_1_by_default():
+    problem = Problem()
+    problem.weights = torch.zeros(7, dtype=torch.float64)
+    problem.label_weights = torch.ones(7, dtype=torch.float64)
+    _, _, of_labels, gradients = problem.naive(hard=True)
+    student, teacher = problem.heads
+    total, _, hard = fused_divergence(
+        *(problem.h_s, student, problem.h_t, teacher),
+        token_weights=problem.weights,
+        labels=problem.labels.int(),
+    )
+    torch.testing.assert_close(total, of_labels.sum())
+    assert not hard.requires_grad
+    torch.testing.assert_close(torch.autograd.grad(total, problem.leaves), gradients)
+
+
 def test_slices_smaller_than_a_chunk_change_nothing(monkeypatch):
-    monkeypatch.setitem(fused.SLICE, "cpu", 2 * 33)
+    monkeypatch.setitem(fused.SLICE, "cpu", 2 * 37)
     assert_equal_to_naive(Problem(), 1e-10, "generalized_jsd")
+    assert_equal_to_naive(Problem(), 1e-10, "generalized_jsd", hard=True)
 
 
 def test_columns_of_one_side_alone_get_no_gradient():
     problem = Problem(vocabs=(40, 33))
-    total, _ = problem.fused()
+    total, _, _ = problem.fused()
     _, d_weight, d_bias = torch.autograd.grad(total, problem.leaves)
     assert d_weight[33:].eq(0).all() and d_bias[33:].eq(0).all()
     assert d_weight[:33].ne(0).all()
@@ -188,6 +260,8 @@ def test_columns_masked_with_minus_infinity():
         problem.b_s[30:] = problem.b_t[30:] = -torch.inf
     assert_equal_to_naive(problem, 1e-10, "forward_kl")
     assert_equal_to_naive(problem, 1e-10, "generalized_jsd", beta=0.25)
+    problem.labels %= 30
+    assert_equal_to_naive(problem, 1e-10, "generalized_jsd", beta=0.25, hard=True)
 
 
 def test_equal_sides_give_exactly_zero():
@@ -204,7 +278,7 @@ def test_equal_sides_give_exactly_zero():
 
 def test_no_rows_give_zero_and_zero_gradients():
     problem = Problem(rows=0)
-    total, per_token = problem.fused()
+    total, per_token, _ = problem.fused()
     assert total == 0 and per_token.shape == (0,)
     for g, leaf in zip(
         torch.autograd.grad(total, problem.leaves), problem.leaves, strict=True
@@ -216,13 +290,13 @@ def test_no_rows_give_zero_and_zero_gradients():
 
 
 def test_total_is_differentiable_and_per_token_is_not():
-    total, per_token = Problem().fused()
+    total, per_token, _ = Problem().fused()
     assert total.requires_grad and not per_token.requires_grad
 
 
 def test_any_function_of_the_total_has_the_right_gradient():
     problem = Problem()
-    total, _, gradients = problem.naive()
+    total, _, _, gradients = problem.naive()
     wanted = [3 * total * total * g for g in gradients]
     got = torch.autograd.grad(problem.fused().total ** 3, problem.leaves)
     torch.testing.assert_close(list(got), wanted, rtol=1e-10, atol=1e-10)
@@ -231,17 +305,17 @@ def test_any_function_of_the_total_has_the_right_gradient():
 def test_twice_in_one_backward():
     problem = Problem()
     options = {"workspace": problem.chunks_of(2), "temperature": 2.0}
-    forward, _, first = problem.naive()
-    _, _, second = problem.naive("reverse_kl", temperature=2.0)
+    forward, _, _, first = problem.naive()
+    _, _, _, second = problem.naive("reverse_kl", temperature=2.0)
     loss = problem.fused() + problem.fused("reverse_kl", **options)
-    (loss[0] * 2 - loss[2] * 5).backward()
+    (loss[0] * 2 - loss[3] * 5).backward()
     for leaf, a, b in zip(problem.leaves, first, second, strict=True):
         torch.testing.assert_close(leaf.grad, 2 * a - 5 * b, rtol=1e-10, atol=1e-10)
 
 
 def test_backward_again_through_a_kept_graph():
     problem = Problem()
-    _, _, gradients = problem.naive()
+    _, _, _, gradients = problem.naive()
     total = problem.fused().total
     total.backward(retain_graph=True)
     (total * 4).backward()
@@ -251,7 +325,7 @@ def test_backward_again_through_a_kept_graph():
 
 def test_accumulated_micro_batches_equal_the_full_batch():
     problem = Problem(rows=9)
-    _, _, (_, *gradients) = problem.naive()
+    _, _, _, (_, *gradients) = problem.naive()
     student, teacher = problem.heads
     for rows in torch.arange(9).split(4):
         fused_divergence(
@@ -274,10 +348,10 @@ def test_teacher_gets_no_gradient():
 
 def test_what_needs_no_gradient_gets_none():
     problem = Problem()
-    _, _, (d_hidden, _, _) = problem.naive()
+    _, _, _, (d_hidden, _, _) = problem.naive()
     student, teacher = problem.heads
     frozen = Head(student.weight.detach(), student.bias.detach(), *student_numbers())
-    total, _ = fused_divergence(
+    total, _, _ = fused_divergence(
         *(problem.h_s, frozen, problem.h_t, teacher), token_weights=problem.weights
     )
     total.backward()
@@ -330,12 +404,14 @@ BIG = {"rows": 64, "widths": (3, 4), "vocabs": (500, 500), "bias": False}
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_nothing_of_the_size_of_the_logits_is_made(name):
+@pytest.mark.parametrize("hard", [False, True])
+def test_nothing_of_the_size_of_the_logits_is_made(name, hard):
     problem = Problem(**BIG)
     with Recorder() as naive:
-        problem.naive(name)
+        problem.naive(name, hard=hard)
     with Recorder() as seen:
-        problem.fused(name, workspace=problem.chunks_of(1)).total.backward()
+        options = {"workspace": problem.chunks_of(1), "hard": hard}
+        problem.fused(name, **options).total.backward()
     assert naive.largest == 64 * 500
     # The head's gradient is the largest thing; the logits are padded to 64 columns.
     assert seen.largest <= max(500 * 3, 5 * 512)
@@ -345,9 +421,11 @@ def test_four_products_three_without_the_head_two_without_gradient():
     problem = Problem(**BIG)
     student, teacher = problem.heads
     one = 64 * 500  # times a hidden size: one product
-    with Recorder() as seen:
-        problem.fused(workspace=problem.chunks_of(3)).total.backward()
-    assert seen.multiplications == one * (3 + 4 + 3 + 3)
+    for hard in (False, True):  # labels need no product of their own
+        with Recorder() as seen:
+            options = {"workspace": problem.chunks_of(3), "hard": hard}
+            problem.fused(**options).total.backward()
+        assert seen.multiplications == one * (3 + 4 + 3 + 3)
     with Recorder() as seen:
         frozen = Head(student.weight.detach(), None, student.scale, student.softcap)
         fused_divergence(problem.h_s, frozen, problem.h_t, teacher).total.backward()
@@ -371,7 +449,7 @@ def test_masked_rows_are_never_projected():
         Head(torch.randn(50, 3)),
     )
     with Recorder() as seen:
-        total, per_token = fused_divergence(
+        total, per_token, _ = fused_divergence(
             *(view.select(h_s), head, view.select(h_t), teacher)
         )
         total.backward()
@@ -398,7 +476,9 @@ def half_precision_errors(dtype, **options):
     for name in ("h_s", "h_t", "w_s", "w_t"):
         setattr(high, name, getattr(low, name).detach().double().requires_grad_())
     low.weights = high.weights = torch.full((48,), 1e-6, dtype=torch.float64)
-    _, per_token, wanted = high.naive()
+    low.label_weights = high.label_weights = low.weights / 2
+    hard = options.get("hard", False)
+    _, per_token, _, wanted = high.naive(hard=hard)
     got = low.fused(workspace=low.chunks_of(7), **options)
     gradients = torch.autograd.grad(got.total, low.leaves)
     assert got.per_token.dtype == torch.float32
@@ -415,20 +495,30 @@ def test_bfloat16_error_bounds():
     assert fast < 2e-2 and fast_value < 1e-2
     assert exact < 2.5e-3 and exact_value < 1e-5
     assert exact < fast / 2
+    with_labels, _ = half_precision_errors(torch.bfloat16, exact=True, hard=True)
+    assert with_labels < 2.5e-3
 
 
 def test_float16_gradients_do_not_vanish():
     # Weights of 1e-6 put most of the gradient below float16's smallest number, 6e-8.
     # They come back through the result's own dtype, so it is asked for in float32.
     problem = Problem(rows=8, vocabs=(300, 300), bias=False, softcaps=(None, None))
-    _, _, wanted = problem.naive()
+    _, _, _, wanted = problem.naive()
     low = Problem(rows=8, vocabs=(300, 300), bias=False, softcaps=(None, None))
     for name in ("h_s", "h_t", "w_s", "w_t"):
         setattr(low, name, getattr(low, name).detach().float().requires_grad_())
     low.weights = problem.weights.float() * 1e-6
     with torch.autocast("cpu", torch.float16):
-        total, _ = low.fused(exact=True)
+        total, _, _ = low.fused(exact=True)
     got = torch.autograd.grad(total * 1e6, low.leaves)
+    assert max(map(relative, got, wanted)) < 5e-3
+    # Labels of weight 1 beside them must not overflow.
+    problem.weights = low.weights.double()
+    wanted_total, _, _, wanted = problem.naive(hard=True)
+    with torch.autocast("cpu", torch.float16):
+        total, _, _ = low.fused(exact=True, hard=True)
+    assert relative(total, wanted_total) < 5e-3
+    got = torch.autograd.grad(total, low.leaves)
     assert max(map(relative, got, wanted)) < 5e-3
 
 
@@ -442,7 +532,7 @@ def test_a_teacher_of_another_dtype(dtype):
 
 def test_autocast():
     problem = Problem(dtype=torch.float32, rows=32, vocabs=(200, 200))
-    _, per_token, wanted = problem.naive()
+    _, per_token, _, wanted = problem.naive()
     with Recorder() as seen:
         with torch.autocast("cpu", torch.bfloat16):
             got = problem.fused(workspace=problem.chunks_of(5))
@@ -464,7 +554,7 @@ def test_the_head_gradient_is_summed_in_float32():
     many.h_t, many.weights = one.h_t.repeat(2000, 1), torch.ones(2000)
     one.weights = torch.ones(1)
     _, single = torch.autograd.grad(one.fused().total, one.leaves)
-    total, _ = many.fused(workspace=many.chunks_of(1))
+    total, _, _ = many.fused(workspace=many.chunks_of(1))
     _, summed = torch.autograd.grad(total, many.leaves)
     torch.testing.assert_close(summed, single * 2000, rtol=2**-7, atol=0)
 
@@ -512,6 +602,10 @@ def test_torch_compile_takes_the_model_around_it():
 @pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++"))),
     reason="torch.compile's default backend needs a C++ compiler",
+)
+@pytest.mark.skipif(
+    any(" " in path for path in (torch.__file__, sys.base_prefix)),
+    reason="torch.compile does not quote paths for the linker; here one has a space",
 )
 def test_torch_compile_with_its_default_backend():
     from torch._inductor.compile_fx import compile_fx
@@ -591,7 +685,7 @@ def run_kernel_checks(*arguments, **environment):
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
-    reason="Triton is not installed: the CUDA kernel is not checked here",
+    reason="Triton is not installed (there is one for Linux alone): kernel not checked",
 )
 
 
@@ -620,6 +714,12 @@ def test_triton_kernel_compiles_for_gpus_that_are_not_here():
         ({"h_t": torch.zeros(7, 6).long()}, "teacher_hidden .* torch.int64"),
         ({"b_s": torch.zeros(36)}, r"student_head.bias \[36\]"),
         ({"weights": torch.zeros(8)}, r"token_weights \[8\] for 7 rows"),
+        ({"hard": True, "labels": torch.zeros(8).long()}, r"labels \[8\] torch.int64"),
+        ({"hard": True, "labels": torch.zeros(7)}, r"labels \[7\] torch.float32"),
+        ({"hard": True, "labels": torch.arange(-1, 6)}, "labels from -1 to 5"),
+        ({"hard": True, "labels": torch.arange(31, 38)}, "vocabulary has 37"),
+        ({"hard": True, "labels": None}, "label_weights without labels"),
+        ({"hard": True, "label_weights": torch.ones(7, 1)}, r"label_weights \[7, 1\]"),
         ({"softcaps": (0.0, None)}, "student_head.softcap = 0.0"),
         ({"scales": (1.0, -1.0)}, "teacher_head.scale = -1.0"),
         ({"temperature": float("nan")}, "temperature = nan"),
