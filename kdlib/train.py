@@ -3,84 +3,41 @@
     for each batch:  targets from the teacher, logits from the student, the
                      objective's loss, one optimiser step
 
-`train` knows devices, batches, the schedule and when to stop. It knows nothing of
-divergences (objective.py) or of where targets come from (teachers.py).
+`train` knows the order of things. What they are is told elsewhere: settings.py,
+batching.py (which examples), gradients.py (loss and gradient of a step), precision.py,
+training_state.py and checkpoints.py (going on after an end), metrics.py, stopping.py.
 """
 
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 
+from kdlib.batching import batches_of_steps, check_responses, data_hash, shuffled
 from kdlib.errors import ArgumentError, TrainingError
+from kdlib.gradients import StepLoss, StudentLoss, accumulate_gradient, add_gradient
 from kdlib.objective import Objective
 from kdlib.pairs import EncodedPair, PairCollator, PairedBatch
-from kdlib.teachers import Teacher
+from kdlib.precision import Precision, check_scale, trained_weights
+from kdlib.run_folder import RunFolder
+from kdlib.settings import TrainConfig
+from kdlib.stopping import Stopped, StopRequest, stop_on_signals
+from kdlib.teachers import LiveTeacher, Teacher
+from kdlib.training_state import History, TrainingState, layout
 
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train; what to minimise is the Objective's business.
-
-    steps:            optimiser steps
-    batch_size:       examples a step
-    micro_batch_size: examples a forward pass; the loss does not depend on it
-    learning_rate:    the peak; warm-up over `warmup` (a share of the steps), then a
-                      cosine to `final_rate` (a share of the peak)
-    max_grad_norm:    gradients are clipped to this length
-    seed:             order of the examples
-
-    Raises ArgumentError for a value that cannot work.
-    """
-
-    steps: int
-    batch_size: int = 64
-    micro_batch_size: int | None = None
-    learning_rate: float = 3e-3
-    warmup: float = 0.05
-    final_rate: float = 0.02
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self):
-        for name in ("steps", "batch_size", "learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ArgumentError(
-                    f"{name}={getattr(self, name)}", f"use a positive {name}"
-                )
-        if self.micro_batch_size is not None and self.micro_batch_size < 1:
-            raise ArgumentError(
-                f"micro_batch_size={self.micro_batch_size}", "use 1 or more, or None"
-            )
-        for name in ("warmup", "final_rate"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ArgumentError(
-                    f"{name}={getattr(self, name)}", f"{name} is a share, 0 to 1"
-                )
-
-    def rate(self, step: int) -> float:
-        """The learning rate at a step, counted from 0."""
-        done = step / self.steps
-        if done < self.warmup:
-            return self.learning_rate * (step + 1) / (self.warmup * self.steps + 1)
-        cosine = 0.5 * (1 + math.cos(math.pi * done))
-        return self.learning_rate * (self.final_rate + (1 - self.final_rate) * cosine)
-
-
-@dataclass
-class History:
-    """What happened: one entry a step, and the tokens that the student read."""
-
-    loss: list[float] = field(default_factory=list)
-    grad_norm: list[float] = field(default_factory=list)
-    tokens: int = 0
-    seconds: float = 0.0
+__all__ = [
+    "History",
+    "Stopped",
+    "TrainConfig",
+    "accumulate_gradient",
+    "shuffled",
+    "train",
+]
 
 
 def train(
@@ -91,135 +48,199 @@ def train(
     config: TrainConfig,
     *,
     teacher: Teacher | None = None,
+    folder: str | Path | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> History:
     """Train `student` in place and leave it in eval mode.
 
     pairs:   the examples, encoded once by the collator
     teacher: may be None where the objective's hard_weight is 1
+    folder:  for checkpoints and metrics. A run that ended early, however it ended, goes
+             on from its newest good checkpoint when it is started again with the same
+             arguments; on a CPU to the same bits. Without a folder nothing is written
     on_step: called after each step with the steps done and the loss
 
-    Raises ArgumentError where the pieces do not fit, TrainingError for a loss or a
-    gradient that is not finite: the student then keeps the weights of the last good
-    step.
+    Raises ArgumentError where the pieces do not fit, or `folder` holds another run;
+    DataError for an example without a response, or if no checkpoint is good;
+    TrainingError for a loss or a gradient that is not finite (the student then keeps
+    the weights of the last good step) and where a GPU's memory is too small;
+    StorageError where a file cannot be written; with a folder, Stopped after SIGINT or
+    SIGTERM, when the step is finished and saved.
     """
+    check_arguments(pairs, objective, teacher)
+    device = next(student.parameters()).device
+    precision = Precision.choose(config.precision, device)
+    optimizer = adamw(student, config)
+    state = TrainingState(student, optimizer, precision.scaler(), History())
+    loss_of = StudentLoss(
+        student,
+        objective,
+        teacher,
+        precision=precision,
+        fused=config.fused,
+        offload=config.teacher_offload,
+    )
+    run = None
+    if folder is not None:
+        facts = facts_of(student, pairs, objective, config, teacher)
+        run = RunFolder(folder, state, config, loss_of, facts)
+    history = state.history
+    batches = batches_of_steps(pairs, collator, config, device, skip=state.step)
+    start = time.perf_counter() - history.seconds
+    with ready(student, teacher, config), stopping(run) as stop, closing(batches, run):
+        for step in range(state.step, config.steps):
+            with memory_errors_explained(step, config):
+                measure = run is not None and step % config.log_every == 0
+                found, norm = take_step(loss_of, next(batches), state, config, measure)
+            history.loss.append(found.loss)
+            history.grad_norm.append(norm)
+            history.tokens += found.tokens
+            history.seconds = time.perf_counter() - start
+            if run is not None:
+                run.write_line(found)
+            if on_step is not None:
+                on_step(step + 1, found.loss)
+            if run is not None and (run.is_due() or stop.name):
+                run.save()
+            if stop.name:
+                raise Stopped(stop.name, state.step, run.saved.folder)
+    return history
+
+
+def take_step(
+    loss_of,
+    batches: list[PairedBatch],
+    state: TrainingState,
+    config: TrainConfig,
+    measure: bool,
+) -> tuple[StepLoss, float]:
+    """One optimiser step; its loss, and the gradient's length before clipping."""
+    optimizer, scaler, step = state.optimizer, state.scaler, state.step
+    for group in optimizer.param_groups:
+        group["lr"] = config.rate(step)
+    found = add_gradient(loss_of, batches, scaler=scaler, measure=measure)
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(
+        state.student.parameters(), config.max_grad_norm
+    ).item()
+    # In fp16 a gradient may overflow: the scaler leaves the step out and scales less.
+    finite = math.isfinite(norm) or scaler.is_enabled()
+    if not math.isfinite(found.loss) or not finite:
+        raise TrainingError(
+            f"step {step}: loss={found.loss}, gradient norm={norm}",
+            "lower the learning rate, or look for -inf in the targets; the student "
+            "keeps the weights of the step before, and its checkpoints are untouched",
+        )
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    check_scale(scaler, step)
+    return found, norm
+
+
+def check_arguments(
+    pairs: Sequence[EncodedPair], objective: Objective, teacher: Teacher | None
+) -> None:
     if not pairs:
         raise ArgumentError("pairs is empty", "give at least one encoded example")
+    check_responses(pairs)
     if teacher is None and objective.hard_weight < 1:
         raise ArgumentError(
             f"no teacher, but hard_weight={objective.hard_weight}",
             "give a teacher, or train on labels alone with hard_weight=1",
         )
-    device = next(student.parameters()).device
-    optimizer = torch.optim.AdamW(
-        student.parameters(),
+
+
+def adamw(student, config: TrainConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        trained_weights(student),
         lr=config.learning_rate,
         betas=(0.9, 0.98),
         weight_decay=config.weight_decay,
         fused=True,
     )
-    history, start = History(), time.perf_counter()
-    batches = shuffled(pairs, config.batch_size, random.Random(config.seed))
+
+
+def facts_of(student, pairs, objective, config, teacher) -> dict[str, dict]:
+    """What has to be the same for a run to go on."""
+    taught = {"kind": type(teacher).__name__}
+    if isinstance(teacher, LiveTeacher):
+        taught |= layout(teacher.model)
+    taught |= getattr(teacher, "facts", {})  # what a cache says of its making
+    return {
+        "config": vars(config),
+        "objective": vars(objective),
+        "data": {"examples": len(pairs), "sha256": data_hash(pairs)},
+        "student": layout(student),
+        "teacher": taught,
+    }
+
+
+@contextmanager
+def ready(student, teacher: Teacher | None, config: TrainConfig) -> Iterator[None]:
+    """The student in train mode, compiled and checkpointed as asked; then as before."""
+    models = [student]
+    if isinstance(teacher, LiveTeacher):
+        models.append(teacher.model)
+        home = next(teacher.model.parameters()).device
     student.train()
     try:
-        for step in range(config.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = config.rate(step)
-            parts = micro_batches(next(batches), config.micro_batch_size)
-            loss, tokens = accumulate_gradient(
-                student,
-                [collator.collate(p).to(device) for p in parts],
-                objective,
-                teacher,
-            )
-            norm = torch.nn.utils.clip_grad_norm_(
-                student.parameters(), config.max_grad_norm
-            ).item()
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                raise TrainingError(
-                    f"step {step}: loss={loss}, gradient norm={norm}",
-                    "lower the learning rate, or look for -inf in the targets; the "
-                    "student keeps the weights of the step before",
-                )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            history.loss.append(loss)
-            history.grad_norm.append(norm)
-            history.tokens += tokens
-            if on_step is not None:
-                on_step(step + 1, loss)
+        if config.activation_checkpointing:
+            switch_checkpointing(student, True)
+        if config.compile:
+            for model in models:
+                # Rows differ in length from step to step: one program for all lengths.
+                model.get_decoder().compile(dynamic=True)
+        yield
     finally:
+        if config.compile:
+            for model in models:
+                model.get_decoder()._compiled_call_impl = None
+        if config.activation_checkpointing:
+            switch_checkpointing(student, False)
+        if config.teacher_offload and len(models) == 2:
+            models[1].to(home)
         student.zero_grad(set_to_none=True)
         student.eval()
-        history.seconds = time.perf_counter() - start
-    return history
 
 
-def accumulate_gradient(
-    student, batches: list[PairedBatch], objective: Objective, teacher: Teacher | None
-) -> tuple[float, int]:
-    """Add the gradient of one step; return its loss and the tokens read.
-
-    Every micro-batch is divided by the count of the whole step, so that neither loss
-    nor gradient depends on how the step was split.
-    """
-    counts = {
-        "token_mean": sum(len(b.response_ids) for b in batches),
-        "sequence_mean": sum(len(b.example_ids) for b in batches),
-    }
-    loss, tokens = 0.0, 0
-    for batch in batches:
-        targets = None if teacher is None else teacher.targets(batch)
-        part = objective(
-            student_logits(student, batch),
-            targets,
-            batch.response_ids,
-            row_ids=batch.row_ids,
-            num_items=counts.get(objective.reduction),
-        )
-        part.total.backward()
-        loss += part.total.item()
-        tokens += int(batch.student.attention_mask.sum())
-    return loss, tokens
+def switch_checkpointing(student, on: bool) -> None:
+    verb = "enable" if on else "disable"
+    name = f"activation_checkpointing_{verb}"
+    if not hasattr(student, name):  # its name before transformers 5.23
+        name = f"gradient_checkpointing_{verb}"
+    getattr(student, name)(*[{"use_reentrant": False}] * on)
 
 
-def student_logits(student, batch: PairedBatch) -> torch.Tensor:
-    """[N, V] the student's logits for every response token of the batch."""
-    view = batch.student
-    output = student(
-        input_ids=view.input_ids, attention_mask=view.attention_mask.long()
-    )
-    return view.select(output.logits)
+def stopping(run: RunFolder | None):
+    """Signals end a run between steps where there is a folder to save it in."""
+    return nullcontext(StopRequest()) if run is None else stop_on_signals()
 
 
-def shuffled(
-    pairs: Sequence[EncodedPair], batch_size: int, rng: random.Random
-) -> Iterator[list[EncodedPair]]:
-    """Endless batches; each pass shuffles anew and batches rows of like length.
-
-    Rows are sorted by length within windows of 16 batches: little padding, and still
-    a new mixture at every pass.
-    """
-    order = list(range(len(pairs)))
-
-    def length(i: int) -> int:
-        return len(pairs[i].student_prompt_ids) + len(pairs[i].response_ids)
-
-    while True:
-        rng.shuffle(order)
-        batches = []
-        for start in range(0, len(order), 16 * batch_size):
-            window = sorted(order[start : start + 16 * batch_size], key=length)
-            batches += [
-                window[i : i + batch_size] for i in range(0, len(window), batch_size)
-            ]
-        rng.shuffle(batches)
-        for batch in batches:
-            yield [pairs[i] for i in batch]
+@contextmanager
+def closing(batches: Iterator, run: RunFolder | None) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        batches.close()
+        if run is not None:
+            run.record.close()
 
 
-def micro_batches(
-    pairs: list[EncodedPair], size: int | None
-) -> list[list[EncodedPair]]:
-    size = size or len(pairs)
-    return [pairs[i : i + size] for i in range(0, len(pairs), size)]
+@contextmanager
+def memory_errors_explained(step: int, config: TrainConfig) -> Iterator[None]:
+    """A GPU's "out of memory" as a TrainingError that says what needs less of it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        ways, size = [], config.micro_batch_size or config.batch_size
+        if size > 1:
+            ways = [f"micro_batch_size={size // 2} (the loss stays the same)"]
+        for name in ("activation_checkpointing", "fused", "teacher_offload"):
+            ways += [] if getattr(config, name) else [f"{name}=True"]
+        ways = ways or ["a GPU with more memory or a smaller model"]
+        raise TrainingError(
+            f"step {step}: the GPU's memory is too small: {error}",
+            f"try {', '.join(ways)}; started again with the same folder, the run goes "
+            "on from its last checkpoint, which is untouched",
+        ) from error

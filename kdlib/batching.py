@@ -1,0 +1,175 @@
+"""Which examples form a step, and having the next batch ready in time.
+
+The order follows from the seed alone, so the number of steps done is the position in
+the data: to go on after step n, skip n batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import queue
+import random
+import threading
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from typing import TypeVar
+
+import torch
+
+from kdlib.errors import DataError
+from kdlib.pairs import EncodedPair, PairCollator, PairedBatch, View
+from kdlib.settings import TrainConfig
+
+T = TypeVar("T")
+
+
+def batches_of_steps(
+    pairs: Sequence[EncodedPair],
+    collator: PairCollator,
+    config: TrainConfig,
+    device: torch.device,
+    *,
+    skip: int = 0,
+) -> Iterator[list[PairedBatch]]:
+    """Endless: the micro-batches of each step, on the device.
+
+    skip: steps that are done already
+
+    For a GPU a second thread collates the next step into pinned memory while this one
+    is computed. On a CPU the computation needs that core itself.
+    """
+    steps = shuffled(pairs, config.batch_size, random.Random(config.seed))
+    steps = itertools.islice(steps, skip, None)
+
+    def collated(step: list[EncodedPair]) -> list[PairedBatch]:
+        parts = micro_batches(step, config.micro_batch_size)
+        return [collator.collate(part) for part in parts]
+
+    if device.type != "cuda":
+        for step in steps:
+            yield [batch.to(device) for batch in collated(step)]
+        return
+    pinned = prefetched(
+        [each_tensor(b, torch.Tensor.pin_memory) for b in collated(s)] for s in steps
+    )
+    try:
+        for step in pinned:
+            # Pinned memory is copied while the GPU computes; its order of work is such
+            # that nothing reads the copy before it is made.
+            yield [
+                each_tensor(b, lambda x: x.to(device, non_blocking=True)) for b in step
+            ]
+    finally:
+        pinned.close()
+
+
+def shuffled(
+    pairs: Sequence[EncodedPair], batch_size: int, rng: random.Random
+) -> Iterator[list[EncodedPair]]:
+    """Endless batches; each pass shuffles anew and batches rows of like length.
+
+    Rows are sorted by length within windows of 16 batches: little padding, and still
+    a new mixture at every pass.
+    """
+    order = list(range(len(pairs)))
+
+    def length(i: int) -> int:
+        return len(pairs[i].student_prompt_ids) + len(pairs[i].response_ids)
+
+    while True:
+        rng.shuffle(order)
+        batches = []
+        for start in range(0, len(order), 16 * batch_size):
+            window = sorted(order[start : start + 16 * batch_size], key=length)
+            batches += [
+                window[i : i + batch_size] for i in range(0, len(window), batch_size)
+            ]
+        rng.shuffle(batches)
+        for batch in batches:
+            yield [pairs[i] for i in batch]
+
+
+def micro_batches(
+    pairs: list[EncodedPair], size: int | None
+) -> list[list[EncodedPair]]:
+    size = size or len(pairs)
+    return [pairs[i : i + size] for i in range(0, len(pairs), size)]
+
+
+def prefetched(items: Iterator[T]) -> Iterator[T]:
+    """The same items; a second thread makes the next one while this one is in use.
+
+    An exception of `items` is raised where its item would have come. Closing the
+    iterator ends the thread.
+    """
+    # One place: the thread makes one more item while another waits here.
+    ready: queue.Queue = queue.Queue(maxsize=1)
+    closed = threading.Event()
+
+    def put(message) -> bool:
+        while not closed.is_set():
+            try:
+                ready.put(message, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work():
+        try:
+            for item in items:
+                if not put((item, None)):
+                    return
+            put((None, StopIteration()))
+        except BaseException as error:  # whatever it is, the reader should see it
+            put((None, error))
+
+    thread = threading.Thread(target=work, name="kdlib-prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        closed.set()
+        thread.join()
+
+
+def each_tensor(batch: PairedBatch, f: Callable[[torch.Tensor], torch.Tensor]):
+    """The batch with f(tensor) in the place of every tensor."""
+
+    def mapped(value):
+        if value is None:
+            return None
+        if isinstance(value, View):
+            return View(*(f(getattr(value, field.name)) for field in fields(value)))
+        return f(value)
+
+    return PairedBatch(*(mapped(getattr(batch, field.name)) for field in fields(batch)))
+
+
+def check_responses(pairs: Sequence[EncodedPair]) -> None:
+    """Raise DataError for an example without a response token: it has no loss."""
+    for pair in pairs:
+        if not pair.response_ids:
+            raise DataError(
+                f"example {pair.example_id} has no response token",
+                "leave out examples whose responses are empty or wholly cut off",
+            )
+
+
+def data_hash(pairs: Sequence[EncodedPair]) -> str:
+    """SHA-256 of all ids, in order: other data or another order give another hash."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        parts = pair.teacher_prompt_ids, pair.student_prompt_ids, pair.response_ids
+        digest.update(array("q", [pair.example_id, *map(len, parts)]).tobytes())
+        for part in parts:
+            digest.update(array("q", part).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,88 @@
+"""The folder of a run: what it leaves, and how it goes on after an end of any kind.
+
+FOLDER/checkpoints/step-00000500/   checkpoints.py
+FOLDER/metrics.jsonl                metrics.py
+FOLDER/tensorboard/                 where TensorBoard is installed
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from kdlib import checkpoints
+from kdlib.gradients import StepLoss, StudentLoss
+from kdlib.metrics import Record, flops_per_token, peak_flops, peak_memory
+from kdlib.settings import MAY_CHANGE, TrainConfig
+from kdlib.teachers import LiveTeacher
+from kdlib.training_state import TrainingState, check_same
+
+
+class RunFolder:
+    """Goes on from the newest good checkpoint, where there is one.
+
+    facts: what has to be the same for that, {"config": {...}, "data": {...}, ...}
+
+    Raises ArgumentError where the run in the folder is another one, DataError where all
+    its checkpoints are damaged or do not fit, StorageError where nothing can be
+    written. Until then nothing in the folder has changed.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        state: TrainingState,
+        config: TrainConfig,
+        loss_of: StudentLoss,
+        facts: dict,
+    ):
+        self.checkpoints = Path(folder) / "checkpoints"
+        self.state, self.config, self.loss_of = state, config, loss_of
+        # As JSON gives it back, so that it compares with what a manifest holds.
+        self.facts = json.loads(json.dumps(facts, default=lambda x: x.item()))
+        self.saved = checkpoints.newest_good(self.checkpoints)
+        if self.saved is not None:
+            check_same(self.facts, self.saved, MAY_CHANGE)
+            state.load(self.saved)
+            checkpoints.tidy(self.checkpoints, state.step, config.keep_checkpoints)
+        self.record = Record(Path(folder), state.step, config.steps)
+
+    def write_line(self, found: StepLoss) -> None:
+        """The step just done, as a line of metrics.jsonl."""
+        step = self.state.step
+        device = next(self.state.student.parameters()).device
+        line = {
+            "loss": found.loss,
+            **found.parts,
+            **found.fidelity,
+            "grad_norm": self.state.history.grad_norm[-1],
+            "learning_rate": self.config.rate(step - 1),
+            "peak_memory": peak_memory(device),
+        }
+        peak = peak_flops(device, self.loss_of.precision.name)
+        share = None if peak is None else self._flops(found) / peak
+        self.record.write(step, line, tokens=found.tokens, seconds_at_peak=share)
+
+    def _flops(self, found: StepLoss) -> float:
+        """Of the step: the student's forward and backward pass, a live teacher's
+        forward pass."""
+        student, teacher = self.loss_of.student, self.loss_of.teacher
+        length = found.tokens / found.rows
+        flops = found.tokens * flops_per_token(student, length, training=True)
+        if isinstance(teacher, LiveTeacher):
+            length = found.teacher_tokens / found.rows
+            once = flops_per_token(teacher.model, length, training=False)
+            flops += found.teacher_tokens * once
+        return flops
+
+    def is_due(self) -> bool:
+        step = self.state.step
+        return step % self.config.checkpoint_every == 0 or step == self.config.steps
+
+    def save(self) -> None:
+        """A checkpoint of this moment, unless there is one."""
+        if self.saved is None or self.saved.step != self.state.step:
+            self.record.flush()
+            self.saved = self.state.save(
+                self.checkpoints, self.facts, self.config.keep_checkpoints
+            )
