@@ -4,9 +4,32 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 
 from kdlib.errors import KdlibError
+
+# Names as build_cache.build and RemoteTeacher have them; their defaults stand there.
+CACHE_OPTIONS = (
+    ("k", int, "entries that are kept of each position"),
+    ("tail", str, 'the rest becomes "bucket", "zero" or "renormalize"; or "sampled"'),
+    ("temperature", float, "of the training to come"),
+    ("max_length", int, "tokens of prompt and response"),
+    ("truncate_context", str, 'the end that is cut: "left", "right" or "never"'),
+    ("precision", str, 'of the teacher: "auto", "fp32", "bf16" or "fp16"'),
+    ("batch_size", int, "examples that the teacher reads at a time"),
+    ("shard_size", int, "examples in a file"),
+    ("seed", int, 'of tail "sampled"'),
+    ("tokenizer", str, "for a URL: the served model's tokenizer"),
+)
+SERVER_OPTIONS = (
+    ("model", str, "the model's name there"),
+    ("workers", int, "requests under way at a time"),
+    ("timeout", float, "seconds to wait for an answer"),
+    ("retries", int, "how often to ask again"),
+)
+INTERRUPTED = "Stopped. What was finished is kept; the same command goes on."
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,6 +46,30 @@ def main(argv: list[str] | None = None) -> int:
     )
     quick.add_argument("--json", action="store_true", help="one JSON object on stdout")
     quick.set_defaults(run=quickstart)
+
+    trains = commands.add_parser(
+        "train",
+        help="distil as a TOML or YAML file says: notebooks/experiments/fr_long.toml",
+    )
+    trains.add_argument("config", help="the file")
+    trains.add_argument("--out", help="folder of the run (default: runs/NAME)")
+    trains.add_argument("--json", action="store_true", help="JSON on stdout")
+    trains.set_defaults(run=train)
+
+    cache = commands.add_parser(
+        "cache", help="write a teacher's targets once, to train from them later"
+    )
+    cache.add_argument("teacher", help="a model's folder or name, or a server's URL")
+    cache.add_argument("data", help="a JSONL file, or localize:LOCALE:FORM:SPLIT")
+    cache.add_argument("out", help="folder of the cache")
+    for name, kind, help in CACHE_OPTIONS:
+        flag = "--" + name.replace("_", "-")
+        cache.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=help)
+    for name, kind, help in SERVER_OPTIONS:
+        flag = "--server-" + name.replace("_", "-")
+        cache.add_argument(flag, type=kind, help=f"for a URL: {help}")
+    cache.add_argument("--json", action="store_true", help="JSON on stdout")
+    cache.set_defaults(run=build_cache)
 
     law = commands.add_parser(
         "laws", help="hold every loss to the laws of a distillation loss"
@@ -44,12 +91,10 @@ def main(argv: list[str] | None = None) -> int:
     except KdlibError as error:
         print(f"kdlib: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(
-            "\nStopped. What was finished is kept; the same command goes on.",
-            file=sys.stderr,
-        )
-        return 130
+    except KeyboardInterrupt as stop:
+        print(f"\n{str(stop) or INTERRUPTED}", file=sys.stderr)
+        # The shell's convention; training says which signal it was.
+        return 128 + getattr(stop, "signal", signal.SIGINT)
 
 
 def quickstart(arguments) -> None:
@@ -68,6 +113,38 @@ def quickstart(arguments) -> None:
         print(json.dumps(facts))
     else:
         print(quickstart.report(facts))
+
+
+def train(arguments) -> None:
+    from kdlib import models, train_command
+
+    models.quiet_transformers()
+    facts = train_command.run(arguments.config, arguments.out, say=to_stderr)
+    print(json.dumps(facts) if arguments.json else train_command.report(facts))
+
+
+def build_cache(arguments) -> None:
+    from kdlib import build_cache, models
+
+    models.quiet_transformers()
+    given = vars(arguments)
+    options = {name: given[name] for name, *_ in CACHE_OPTIONS if name in given}
+    server = {name: given[f"server_{name}"] for name, *_ in SERVER_OPTIONS}
+    server["api_key"] = os.environ.get("KDLIB_API_KEY")
+    manifest = build_cache.build(
+        arguments.teacher,
+        arguments.data,
+        arguments.out,
+        server={name: value for name, value in server.items() if value is not None},
+        say=to_stderr,
+        **options,
+    )
+    if arguments.json:
+        print(json.dumps(manifest))
+
+
+def to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def laws(arguments) -> int:

@@ -32,22 +32,28 @@ def batches_of_steps(
     device: torch.device,
     *,
     skip: int = 0,
+    rewrite: Callable[[int, list[EncodedPair]], list[EncodedPair]] | None = None,
 ) -> Iterator[list[PairedBatch]]:
     """Endless: the micro-batches of each step, on the device.
 
-    skip: steps that are done already
+    skip:    steps that are done already
+    rewrite: given a step's number and examples, returns those to train on, when the
+             step is asked for and not before (on_policy.py)
 
     For a GPU a second thread collates the next step into pinned memory while this one
-    is computed. On a CPU the computation needs that core itself.
+    is computed, unless it has to be written first. On a CPU the computation needs that
+    core itself.
     """
     steps = shuffled(pairs, config.batch_size, random.Random(config.seed))
     steps = itertools.islice(steps, skip, None)
+    if rewrite is not None:
+        steps = map(rewrite, itertools.count(skip), steps)
 
     def collated(step: list[EncodedPair]) -> list[PairedBatch]:
         parts = micro_batches(step, config.micro_batch_size)
         return [collator.collate(part) for part in parts]
 
-    if device.type != "cuda":
+    if device.type != "cuda" or rewrite is not None:
         for step in steps:
             yield [batch.to(device) for batch in collated(step)]
         return

