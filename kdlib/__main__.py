@@ -87,10 +87,15 @@ def main(argv: list[str] | None = None) -> int:
 
     arguments = parser.parse_args(argv)
     try:
-        return arguments.run(arguments) or 0
+        status = arguments.run(arguments) or 0
+        sys.stdout.flush()
+        return status
     except KdlibError as error:
         print(f"kdlib: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader, `| head` perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt as stop:
         print(f"\n{str(stop) or INTERRUPTED}", file=sys.stderr)
         # The shell's convention; training says which signal it was.

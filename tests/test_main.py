@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError
 
 import pytest
@@ -66,3 +68,9 @@ def test_an_unknown_command_is_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["quickstrat"])
     assert stop.value.code == 2 and "quickstart" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback():
+    command = f"'{sys.executable}' -m kdlib laws --json | head -c 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[", "")
