@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# Not inference_mode: autograd refuses tensors made there, and a model in training may
-# keep some of them.
-@torch.no_grad()
 def complete(
     model,
     tokenizer,
@@ -52,7 +49,8 @@ def complete(
     keep_end:       keep the end token, so that a completion without it is known to have
                     been cut
 
-    The model is left in the mode (train or eval) in which it came.
+    No gradient is recorded, and the model is left in the mode (train or eval) in which
+    it came.
     Raises DataError for an empty prompt, ArgumentError for a bad option.
     """
     if not all(len(prompt) for prompt in prompts):
@@ -106,13 +104,16 @@ def draw(
     u: uniform in [0, 1). The cumulative distribution is cut at u: token i is drawn
        where F(i - 1) <= u < F(i), so exactly with its probability
     """
-    # Cumulative sums over a large vocabulary lose digits in float32, but MPS has
-    # nothing better.
-    exact = torch.float32 if logits.device.type == "mps" else torch.float64
-    edges = torch.softmax(logits.to(exact) / temperature, dim=-1).cumsum(-1)
+    dtype = widest(logits.device)
+    edges = torch.softmax(logits.to(dtype) / temperature, dim=-1).cumsum(-1)
     # The last edge is 1 but for rounding; u must stay below it after its own rounding.
-    u = u.to(edges).clamp(max=1 - 4 * torch.finfo(exact).eps)
+    u = u.to(edges).clamp(max=1 - 4 * torch.finfo(dtype).eps)
     return torch.searchsorted(edges, u[:, None] * edges[:, -1:], right=True)[:, 0]
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """Sums over a large vocabulary lose digits in float32, but MPS has nothing else."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class Pick:

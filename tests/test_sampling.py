@@ -14,7 +14,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from kdlib import models
+from kdlib import models, sampling
 from kdlib.errors import ArgumentError, DataError
 from kdlib.sampling import complete, draw
 
@@ -86,13 +86,17 @@ def test_a_token_is_drawn_with_exactly_its_probability(temperature):
     assert share[2] == share[4] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("vocab", [3, 1000, 200_000])
-def test_the_ends_of_the_interval_stay_in_the_vocabulary(vocab):
+def test_the_ends_of_the_interval_stay_in_the_vocabulary(monkeypatch, vocab, dtype):
+    monkeypatch.setattr(sampling, "widest", lambda device: dtype)
     logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(0))
     logits[:, [0, -1]] = -torch.inf
-    for u, end in ((0.0, 1), (math.nextafter(1, 0), vocab - 2)):
-        drawn = draw(logits, torch.tensor([u], dtype=torch.float64), 1.0)
-        assert drawn.item() == end
+    (drawn,) = draw(logits, torch.zeros(1, dtype=torch.float64), 1.0).tolist()
+    assert drawn == 1
+    last = torch.tensor([math.nextafter(1, 0)], dtype=torch.float64)
+    (drawn,) = draw(logits, last, 1.0).tolist()
+    assert 0.9 * (vocab - 2) <= drawn < vocab - 1
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
