@@ -26,7 +26,7 @@ lab: $(COURSE) ## open the course in JupyterLab
 	$(PY) -m jupyterlab notebooks
 
 test: $(TESTS) ## run every test that needs no GPU, the notebooks included
-	$(PY) -m pytest -n $(JOBS) --dist loadfile --nbval tests notebooks
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --nbval tests notebooks exercises/solutions
 
 check: lint ## lint, floors of the package, fast tests: under three minutes
 	$(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow" tests
@@ -38,6 +38,7 @@ lint: $(TESTS) ## lint, formatting, floors of the package
 
 notebooks: $(TESTS) ## run the notebooks' sources and write the notebooks
 	$(PY) notebooks/build.py
+	$(PY) exercises/build.py
 
 clean: ## remove .venv and every cache (runs/ and quickstart/ stay)
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

@@ -70,3 +70,55 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]):
             cell.set_edgecolor(GREY)
             cell.set_linewidth(0.5)
     return figure
+
+
+def quality_against_speed(points: Sequence[dict]):
+    """Exact match against requests per second, one colour a kind of model.
+
+    points: dicts with "kind", "label", "requests_per_s" and "exact_match" (an Interval,
+            drawn as a bar). Kinds that begin with "teacher" are blue, "distilled"
+            orange, the rest grey; points of one kind are joined
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7, 3.8))
+        axes = figure.subplots()
+        for kind in dict.fromkeys(point["kind"] for point in points):
+            mine = [point for point in points if point["kind"] == kind]
+            speeds = [point["requests_per_s"] for point in mine]
+            found = [point["exact_match"] for point in mine]
+            means = [interval.mean for interval in found]
+            first = kind.split()[0]
+            axes.errorbar(
+                speeds,
+                means,
+                yerr=[
+                    [interval.mean - interval.low for interval in found],
+                    [interval.high - interval.mean for interval in found],
+                ],
+                color={"teacher": BLUE, "distilled": ORANGE}.get(first, GREY),
+                marker={"teacher": "s", "distilled": "o"}.get(first, "v"),
+                linewidth=1,
+                capsize=3,
+                label=kind,
+            )
+            for point, speed, mean in zip(mine, speeds, means, strict=True):
+                axes.annotate(
+                    point["label"],
+                    (speed, mean),
+                    xytext=(6, 6),
+                    textcoords="offset points",
+                    fontsize=9,
+                )
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.minorticks_off()
+        axes.set_ylim(-0.05, 1.08)
+        axes.set_xlabel("requests per second on one core (log scale)")
+        axes.set_ylabel("share answered exactly")
+        figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9)
+    return figure

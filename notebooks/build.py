@@ -18,6 +18,7 @@ import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jupytext
@@ -57,10 +58,14 @@ class BuildError(Exception):
 
 def from_source(text: str) -> NotebookNode:
     """The notebook, not yet run, that a py:percent source describes."""
-    parsed = jupytext.reads(text, fmt="py:percent")
+    return assemble(jupytext.reads(text, fmt="py:percent").cells)
+
+
+def assemble(parts: Iterable[NotebookNode]) -> NotebookNode:
+    """A notebook of these cells, with ids that come from their content."""
     seen: Counter[str] = Counter()
     cells = []
-    for cell in parsed.cells:
+    for cell in parts:
         metadata = {
             key: value
             for key, value in cell.metadata.items()
@@ -149,9 +154,13 @@ def build(source: Path, target: Path) -> None:
 
 def difference(source: Path, target: Path) -> str | None:
     """How the notebook differs from its source, outputs aside; None if it does not."""
+    return against(from_source(source.read_text(encoding="utf-8")), target)
+
+
+def against(want: NotebookNode, target: Path) -> str | None:
+    """How the notebook in `target` differs from the wanted one, outputs aside."""
     if not target.exists():
         return "it has not been built"
-    want = from_source(source.read_text(encoding="utf-8"))
     have = nbformat.read(target, as_version=4)
     pairs = itertools.zip_longest(have.cells, want.cells)
     for number, (old, new) in enumerate(pairs, start=1):
@@ -170,55 +179,77 @@ def difference(source: Path, target: Path) -> str | None:
     return None
 
 
-def chapters(names: list[str]) -> dict[Path, Path]:
-    """Source -> notebook for the named chapters, all of them if none is named."""
-    known = {path.stem: path for path in sorted((FOLDER / "src").glob("*.py"))}
-    wanted = [Path(name).stem for name in names] or list(known)
-    for name in wanted:
-        if name not in known:
-            raise BuildError(f"no source {name!r}: there are {', '.join(known)}")
-    return {known[name]: FOLDER / f"{name}.ipynb" for name in wanted}
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="such as 00_quickstart"
-    )
+    def targets(source: Path) -> list[Path]:
+        return [FOLDER / f"{source.stem}.ipynb"]
+
+    def make(source: Path) -> None:
+        build(source, *targets(source))
+
+    def problems(source: Path) -> dict[str, str]:
+        (target,) = targets(source)
+        problem = difference(source, target)
+        return {target.name: problem} if problem else {}
+
+    return command(arguments, __doc__, FOLDER, targets, make, problems)
+
+
+def command(
+    arguments: list[str] | None,
+    description: str,
+    folder: Path,
+    targets: Callable[[Path], list[Path]],
+    make: Callable[[Path], None],
+    problems: Callable[[Path], dict[str, str]],
+) -> int:
+    """The command line of a folder of notebooks, whose sources lie in its src/.
+
+    targets:  a source -> the notebooks made from it
+    make:     makes them, or raises BuildError
+    problems: a source -> {file: how it differs from the source}
+    """
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="sources in src/")
     parser.add_argument(
         "--check",
         action="store_true",
         help="compare sources and metadata with the notebooks, run and write nothing",
     )
     options = parser.parse_args(arguments)
-    try:
-        todo = chapters(options.names)
-    except BuildError as error:
-        parser.error(str(error))
+    known = {path.stem: path for path in sorted((folder / "src").glob("*.py"))}
+    wanted = [Path(name).stem for name in options.names] or list(known)
+    for name in wanted:
+        if name not in known:
+            parser.error(f"no source {name!r}: there are {', '.join(known)}")
+    sources = [known[name] for name in wanted]
 
     if not options.check:
-        for source, target in todo.items():
-            print(target.name, flush=True)
+        for source in sources:
+            print(f"{source.stem}.ipynb", flush=True)
             try:
-                build(source, target)
+                make(source)
             except BuildError as error:
-                print(f"{target.name}, {error}", file=sys.stderr)
+                print(f"{source.stem}.ipynb, {error}", file=sys.stderr)
                 return 1
         return 0
 
-    problems = {
-        target.name: problem
-        for source, target in todo.items()
-        if (problem := difference(source, target))
-    }
+    found: dict[str, str] = {}
+    for source in sources:
+        found |= problems(source)
     if not options.names:
-        for stray in sorted(set(FOLDER.glob("*.ipynb")) - set(todo.values())):
-            problems[stray.name] = "it has no source in notebooks/src"
-    for name, problem in problems.items():
+        made = {target for source in sources for target in targets(source)}
+        there = {
+            x
+            for path in {folder, *(t.parent for t in made)}
+            for x in path.glob("*.ipynb")
+        }
+        for stray in sorted(there - made):
+            found[stray.name] = f"it has no source in {folder.name}/src"
+    for name, problem in found.items():
         print(f"{name}: {problem}", file=sys.stderr)
-    if problems:
+    if found:
         print("`make notebooks` builds them anew.", file=sys.stderr)
-    return 1 if problems else 0
+    return 1 if found else 0
 
 
 if __name__ == "__main__":
