@@ -53,6 +53,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     trains.add_argument("config", help="the file")
     trains.add_argument("--out", help="folder of the run (default: runs/NAME)")
+    trains.add_argument(
+        "--shard",
+        action="store_true",
+        help="under torchrun: split the models among the processes (FSDP2), which "
+        "else have a copy each (DDP)",
+    )
     trains.add_argument("--json", action="store_true", help="JSON on stdout")
     trains.set_defaults(run=train)
 
@@ -124,8 +130,11 @@ def train(arguments) -> None:
     from kdlib import models, train_command
 
     models.quiet_transformers()
-    facts = train_command.run(arguments.config, arguments.out, say=to_stderr)
-    print(json.dumps(facts) if arguments.json else train_command.report(facts))
+    facts = train_command.run(
+        arguments.config, arguments.out, shard=arguments.shard, say=to_stderr
+    )
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, one answers
+        print(json.dumps(facts) if arguments.json else train_command.report(facts))
 
 
 def build_cache(arguments) -> None:

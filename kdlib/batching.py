@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import torch
 
+from kdlib.distributed import ALONE, Ranks
 from kdlib.errors import DataError
 from kdlib.pairs import EncodedPair, PairCollator, PairedBatch, View
 from kdlib.settings import TrainConfig
@@ -33,32 +34,42 @@ def batches_of_steps(
     *,
     skip: int = 0,
     rewrite: Callable[[int, list[EncodedPair]], list[EncodedPair]] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[list[PairedBatch]]:
-    """Endless: the micro-batches of each step, on the device.
+    """Endless: the micro-batches of this rank's share of each step, on the device.
 
     skip:    steps that are done already
-    rewrite: given a step's number and examples, returns those to train on, when the
-             step is asked for and not before (on_policy.py)
+    rewrite: given a step's number and this rank's examples, returns those to train on,
+             when the step is asked for and not before (on_policy.py)
+
+    All ranks get equally many, because they compute in step with each other: a rank
+    with fewer rows gets batches without any (`without_rows`).
 
     For a GPU a second thread collates the next step into pinned memory while this one
     is computed, unless it has to be written first. On a CPU the computation needs that
     core itself.
     """
     steps = shuffled(pairs, config.batch_size, random.Random(config.seed))
-    steps = itertools.islice(steps, skip, None)
-    if rewrite is not None:
-        steps = map(rewrite, itertools.count(skip), steps)
+    steps = itertools.islice(enumerate(steps), skip, None)
 
-    def collated(step: list[EncodedPair]) -> list[PairedBatch]:
-        parts = micro_batches(step, config.micro_batch_size)
-        return [collator.collate(part) for part in parts]
+    def collated(number: int, step: list[EncodedPair]) -> list[PairedBatch]:
+        mine = ranks.share(step)
+        if rewrite is not None and mine:
+            mine = rewrite(number, mine)
+        parts = micro_batches(mine, config.micro_batch_size)
+        batches = [collator.collate(part) for part in parts]
+        most = micro_batches(step[:: ranks.world], config.micro_batch_size)  # rank 0's
+        if len(parts) < len(most):
+            none = without_rows(collator.collate(step[:1]))
+            batches += [none] * (len(most) - len(parts))
+        return batches
 
     if device.type != "cuda" or rewrite is not None:
         for step in steps:
-            yield [batch.to(device) for batch in collated(step)]
+            yield [batch.to(device) for batch in collated(*step)]
         return
     pinned = prefetched(
-        [each_tensor(b, torch.Tensor.pin_memory) for b in collated(s)] for s in steps
+        [each_tensor(b, torch.Tensor.pin_memory) for b in collated(*s)] for s in steps
     )
     try:
         for step in pinned:
@@ -100,8 +111,19 @@ def shuffled(
 def micro_batches(
     pairs: list[EncodedPair], size: int | None
 ) -> list[list[EncodedPair]]:
-    size = size or len(pairs)
+    size = size or max(1, len(pairs))  # a rank's share may be empty
     return [pairs[i : i + size] for i in range(0, len(pairs), size)]
+
+
+def without_rows(batch: PairedBatch) -> PairedBatch:
+    """The same inputs with nothing to predict: no row, no token, no loss."""
+
+    def unasked(view: View) -> View:
+        nowhere = torch.zeros_like(view.completion_mask)
+        return View(view.input_ids, view.attention_mask, nowhere)
+
+    none = batch.response_ids[:0]
+    return PairedBatch(unasked(batch.teacher), unasked(batch.student), none, none, none)
 
 
 def prefetched(items: Iterator[T]) -> Iterator[T]:

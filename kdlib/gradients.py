@@ -16,12 +16,14 @@ from typing import NamedTuple
 
 import torch
 
+from kdlib.distributed import ALONE, Ranks
 from kdlib.errors import ArgumentError
 from kdlib.fused import Head, fused_divergence
 from kdlib.metrics import fidelity, sample
 from kdlib.objective import DistillationLoss, Objective
 from kdlib.pairs import PairedBatch, View
 from kdlib.precision import Precision
+from kdlib.sharding import decoder_of, summing
 from kdlib.teachers import LiveTeacher, Teacher
 
 
@@ -61,17 +63,13 @@ class StudentLoss(torch.nn.Module):
         self.precision = precision or Precision()
         self.heads = _heads(student, objective, teacher) if fused else None
         self.offload = offload and isinstance(teacher, LiveTeacher)
-        if self.offload and fused:  # its head is needed with the student's
-            head = self.heads[1]
-            parts = {"weight": head.weight.detach().clone()}
-            if head.bias is not None:
-                parts["bias"] = head.bias.detach().clone()
-            self.heads = self.heads[0], replace(head, **parts)
 
     def forward(
         self, batch: PairedBatch, num_items: int | None, measure: bool = False
     ) -> tuple[DistillationLoss, dict[str, float]]:
         """The loss of one micro-batch, a share of `num_items`; fidelity if measured."""
+        if len(batch.example_ids) == 0:
+            return self._nothing(batch), {}
         if self.heads is not None:
             return self._fused(batch, num_items, measure)
         targets = None
@@ -90,10 +88,28 @@ class StudentLoss(torch.nn.Module):
         measured = fidelity(logits, targets) if measure and targets is not None else {}
         return loss, measured
 
+    def _nothing(self, batch: PairedBatch) -> DistillationLoss:
+        """The loss 0 of a batch without rows, with a gradient of zeros.
+
+        The models compute all the same: other ranks, which hold parts of the same
+        weights and sum the same gradients, wait for this one.
+        """
+        if isinstance(self.teacher, LiveTeacher):
+            with self._teacher_at(batch.response_ids.device):
+                self.teacher.targets(batch)
+        with self.precision.autocast():
+            logits = student_logits(self.student, batch)  # [0, V]
+        none = logits.to(torch.promote_types(logits.dtype, torch.float32)).sum(-1)
+        return DistillationLoss(none.sum(), 0, none.detach(), {})
+
     def _fused(self, batch, num_items, measure):
-        objective, (student_head, teacher_head) = self.objective, self.heads
+        objective = self.objective
         with torch.no_grad(), self._teacher_at(batch.response_ids.device):
             teacher_hidden = hidden_states(self.teacher.model, batch.teacher)
+            teacher_head = attached(self.heads[1], self.teacher.model, trained=False)
+        with self.precision.autocast():
+            student_hidden = hidden_states(self.student, batch.student)
+        student_head = attached(self.heads[0], self.student, trained=True)
         dtype = torch.promote_types(student_head.weight.dtype, torch.float32)
         share = token_shares(objective, batch, num_items, dtype)
         t2 = objective.temperature**2 if objective.scale_by_t2 else 1.0
@@ -102,7 +118,6 @@ class StudentLoss(torch.nn.Module):
             weights = share * objective.hard_weight
             labels = {"labels": batch.response_ids, "label_weights": weights}
         with self.precision.autocast():
-            student_hidden = hidden_states(self.student, batch.student)
             total, soft, hard = fused_divergence(
                 student_hidden,
                 student_head,
@@ -155,40 +170,63 @@ def add_gradient(
     *,
     scaler: torch.amp.GradScaler | None = None,
     measure: bool = False,
+    ranks: Ranks = ALONE,
 ) -> StepLoss:
     """Add the gradient of one step, micro-batch by micro-batch.
 
     loss_of: a StudentLoss, or a module that wraps one
+    batches: this rank's; what is returned is of all ranks
 
     Every micro-batch is divided by the count of the whole step, so that neither loss
-    nor gradient depends on how the step was split.
+    nor gradient depends on how the step was split, between batches or between ranks.
     """
     objective = getattr(loss_of, "module", loss_of).objective
     items = count_items(batches, objective.reduction)
+    if items is not None:
+        items = sum(ranks.gather(items))
     totals, parts, measured = [], [], {}
     for number, batch in enumerate(batches):
-        part, found = loss_of(batch, items, measure and number == 0)
-        total = part.total if scaler is None else scaler.scale(part.total)
-        total.backward()
+        with summing(loss_of, last=number + 1 == len(batches)):
+            part, found = loss_of(batch, items, measure and number == 0)
+            total = part.total * ranks.world  # the engines average (sharding.py)
+            (total if scaler is None else scaler.scale(total)).backward()
         totals.append(part.total.detach())
         parts.append(part.parts)
         measured |= found
     # Numbers are fetched when all work is queued: a GPU waits for this once a step.
-    return StepLoss(
+    asked = [batch for batch in batches if len(batch.example_ids)]
+    found = StepLoss(
         loss=sum(torch.stack(totals).tolist()),
-        rows=sum(len(batch.example_ids) for batch in batches),
-        tokens=sum(int(batch.student.attention_mask.sum()) for batch in batches),
-        teacher_tokens=sum(int(b.teacher.attention_mask.sum()) for b in batches),
+        rows=sum(len(batch.example_ids) for batch in asked),
+        tokens=sum(int(batch.student.attention_mask.sum()) for batch in asked),
+        teacher_tokens=sum(int(b.teacher.attention_mask.sum()) for b in asked),
         parts={
-            name: sum(torch.stack([p[name] for p in parts]).tolist())
+            name: sum(torch.stack([p[name] for p in parts if p]).tolist())
             for name in parts[0]
         },
         fidelity=measured,
     )
+    return summed(ranks.gather(found))
+
+
+def summed(shares: list[StepLoss]) -> StepLoss:
+    """Of all ranks; the first one, which has rows in every step, was measured."""
+    first = shares[0]
+    return StepLoss(
+        loss=sum(share.loss for share in shares),
+        rows=sum(share.rows for share in shares),
+        tokens=sum(share.tokens for share in shares),
+        teacher_tokens=sum(share.teacher_tokens for share in shares),
+        parts={
+            name: sum(share.parts.get(name, 0.0) for share in shares)
+            for name in first.parts
+        },
+        fidelity=first.fidelity,
+    )
 
 
 def count_items(batches: list[PairedBatch], reduction: str) -> int | None:
-    """The denominator of the step's mean. (Of several processes: their sum.)"""
+    """The denominator of the step's mean, or this rank's share of it."""
     if reduction == "sum":
         return None
     if reduction == "token_mean":
@@ -216,7 +254,20 @@ def student_logits(student, batch: PairedBatch) -> torch.Tensor:
 
 def hidden_states(model, view: View) -> torch.Tensor:
     """[N, H] what the model's output head gets for every response token."""
-    return view.select(_run(model.get_decoder(), view).last_hidden_state)
+    return view.select(_run(decoder_of(model), view).last_hidden_state)
+
+
+def attached(head: Head, model, *, trained: bool) -> Head:
+    """The head with the weights that the model has at this moment.
+
+    A sharded model has them whole only from its forward pass on to the backward pass; a
+    teacher that moves takes its own with it, but not what was detached from them.
+    """
+    linear = model.get_output_embeddings()
+    weight, bias = linear.weight, getattr(linear, "bias", None)
+    if not trained:
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+    return replace(head, weight=weight, bias=bias)
 
 
 def _run(model, view: View):
@@ -228,7 +279,8 @@ def _run(model, view: View):
     )
 
 
-def _heads(student, objective, teacher) -> tuple[Head, Head]:
+def _heads(student, objective, teacher) -> list[Head]:
+    """How the heads are shaped; their weights are not kept (see `attached`)."""
     if not isinstance(teacher, LiveTeacher):
         raise ArgumentError(
             f"fused=True with teacher {type(teacher).__name__}",
@@ -241,6 +293,7 @@ def _heads(student, objective, teacher) -> tuple[Head, Head]:
         )
     training = student.training
     try:
-        return Head.of(student.eval()), Head.of(teacher.model)
+        heads = Head.of(student.eval()), Head.of(teacher.model)
+        return [replace(head, weight=None, bias=None) for head in heads]
     finally:
         student.train(training)

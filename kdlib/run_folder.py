@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from kdlib import checkpoints
+from kdlib.distributed import ALONE, Ranks
 from kdlib.gradients import StepLoss, StudentLoss
 from kdlib.metrics import Record, flops_per_token, peak_flops, peak_memory
 from kdlib.settings import MAY_CHANGE, TrainConfig
@@ -35,20 +36,34 @@ class RunFolder:
         config: TrainConfig,
         loss_of: StudentLoss,
         facts: dict,
+        ranks: Ranks = ALONE,
     ):
         self.checkpoints = Path(folder) / "checkpoints"
         self.state, self.config, self.loss_of = state, config, loss_of
+        self.ranks = ranks
         # As JSON gives it back, so that it compares with what a manifest holds.
         self.facts = json.loads(json.dumps(facts, default=lambda x: x.item()))
-        self.saved = checkpoints.newest_good(self.checkpoints)
+        first, found = ranks.rank == 0, None
+        if first:
+            found = checkpoints.newest_good(self.checkpoints)
+        self.saved = ranks.from_first(found)
         if self.saved is not None:
             check_same(self.facts, self.saved, MAY_CHANGE)
             state.load(self.saved)
-            checkpoints.tidy(self.checkpoints, state.step, config.keep_checkpoints)
-        self.record = Record(Path(folder), state.step, config.steps)
+            ranks.gather("loaded")  # nothing is removed while a rank reads
+            if first:
+                checkpoints.tidy(self.checkpoints, state.step, config.keep_checkpoints)
+        self.record = None
+        if first:
+            self.record = Record(Path(folder), state.step, config.steps)
 
     def write_line(self, found: StepLoss, told: dict[str, float]) -> None:
-        """The step just done, as a line of metrics.jsonl; told: more of its numbers."""
+        """The step just done, as a line of metrics.jsonl; told: more of its numbers.
+
+        Rank 0 writes it.
+        """
+        if self.record is None:
+            return
         step = self.state.step
         device = next(self.state.student.parameters()).device
         line = {
@@ -61,8 +76,9 @@ class RunFolder:
             "peak_memory": peak_memory(device),
         }
         peak = peak_flops(device, self.loss_of.precision.name)
-        share = None if peak is None else self._flops(found) / peak
-        self.record.write(step, line, tokens=found.tokens, seconds_at_peak=share)
+        if peak is not None:
+            peak = self._flops(found) / (peak * self.ranks.world)
+        self.record.write(step, line, tokens=found.tokens, seconds_at_peak=peak)
 
     def _flops(self, found: StepLoss) -> float:
         """Of the step: the student's forward and backward pass, a live teacher's
@@ -76,14 +92,19 @@ class RunFolder:
             flops += found.teacher_tokens * once
         return flops
 
+    def close(self) -> None:
+        if self.record is not None:
+            self.record.close()
+
     def is_due(self) -> bool:
         step = self.state.step
         return step % self.config.checkpoint_every == 0 or step == self.config.steps
 
     def save(self) -> None:
-        """A checkpoint of this moment, unless there is one."""
+        """A checkpoint of this moment, unless there is one. All ranks together."""
         if self.saved is None or self.saved.step != self.state.step:
-            self.record.flush()
+            if self.record is not None:
+                self.record.flush()
             self.saved = self.state.save(
                 self.checkpoints, self.facts, self.config.keep_checkpoints
             )

@@ -200,6 +200,17 @@ def checked_values(function: Callable, table: dict, source: str) -> dict:
     return values
 
 
+def differences(first: dict[str, dict], second: dict[str, dict]) -> dict[str, tuple]:
+    """What differs between two sets of settings: {"PART.NAME": (first's, second's)}."""
+    found = {}
+    for part in sorted(first.keys() | second.keys()):
+        a, b = first.get(part, {}), second.get(part, {})
+        for name in sorted(a.keys() | b.keys()):
+            if a.get(name) != b.get(name):
+                found[f"{part}.{name}"] = a.get(name), b.get(name)
+    return found
+
+
 def read_table(path: str | Path) -> dict:
     """The names and values of a TOML or YAML file.
 

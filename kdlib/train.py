@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from kdlib.batching import batches_of_steps, check_responses, data_hash, shuffled
+from kdlib.distributed import ALONE, Ranks
 from kdlib.errors import ArgumentError, TrainingError
 from kdlib.gradients import StepLoss, StudentLoss, accumulate_gradient, add_gradient
 from kdlib.objective import Objective
@@ -28,6 +29,7 @@ from kdlib.pairs import EncodedPair, PairCollator, PairedBatch
 from kdlib.precision import Precision, check_scale, trained_weights
 from kdlib.run_folder import RunFolder
 from kdlib.settings import TrainConfig
+from kdlib.sharding import replicated, shard, whole
 from kdlib.stopping import Stopped, StopRequest, stop_on_signals
 from kdlib.teachers import LiveTeacher, Teacher
 from kdlib.training_state import History, TrainingState, layout
@@ -52,6 +54,7 @@ def train(
     teacher: Teacher | None = None,
     folder: str | Path | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> History:
     """Train `student` in place and leave it in eval mode.
 
@@ -61,6 +64,8 @@ def train(
              on from its newest good checkpoint when it is started again with the same
              arguments; on a CPU to the same bits. Without a folder nothing is written
     on_step: called after each step with the steps done and the loss
+    ranks:   of `processes`, where several train one student (distributed.py); all of
+             them call `train` with the same arguments
 
     Raises ArgumentError where the pieces do not fit, or `folder` holds another run;
     DataError for an example without a response, or if no checkpoint is good;
@@ -70,11 +75,11 @@ def train(
     SIGTERM, when the step is finished and saved.
     """
     check_arguments(pairs, objective, teacher)
-    device = next(student.parameters()).device
+    device = ranks.device or next(student.parameters()).device
+    facts = facts_of(student, pairs, objective, config, teacher, ranks)
+    ranks.check_same(facts)
     precision = Precision.choose(config.precision, device)
     author = Author(config, objective, collator, student, teacher, precision)
-    optimizer = adamw(student, config)
-    state = TrainingState(student, optimizer, precision.scaler(), History())
     loss_of = StudentLoss(
         student,
         objective,
@@ -83,20 +88,29 @@ def train(
         fused=config.fused,
         offload=config.teacher_offload,
     )
+    # Before the optimiser, because it may split the weights.
+    engine = spread(loss_of, config, ranks)
+    optimizer = adamw(student, config)
+    state = TrainingState(student, optimizer, precision.scaler(), History(), ranks)
     run = None
     if folder is not None:
-        facts = facts_of(student, pairs, objective, config, teacher)
-        run = RunFolder(folder, state, config, loss_of, facts)
+        run = RunFolder(folder, state, config, loss_of, facts, ranks)
     history = state.history
     batches = batches_of_steps(
-        pairs, collator, config, device, skip=state.step, rewrite=author.rewrite
+        pairs,
+        collator,
+        config,
+        device,
+        skip=state.step,
+        rewrite=author.rewrite,
+        ranks=ranks,
     )
     start = time.perf_counter() - history.seconds
     with ready(student, teacher, config), stopping(run) as stop, closing(batches, run):
         for step in range(state.step, config.steps):
             with memory_errors_explained(step, config):
                 measure = run is not None and step % config.log_every == 0
-                found, norm = take_step(loss_of, next(batches), state, config, measure)
+                found, norm = take_step(engine, next(batches), state, config, measure)
             history.loss.append(found.loss)
             history.grad_norm.append(norm)
             history.tokens += found.tokens
@@ -105,10 +119,13 @@ def train(
                 run.write_line(found, author.told)
             if on_step is not None:
                 on_step(step + 1, found.loss)
-            if run is not None and (run.is_due() or stop.name):
+            if run is not None and run.is_due():
                 run.save()
-            if stop.name:
-                raise Stopped(stop.name, state.step, run.saved.folder)
+            # A signal may come to one rank in this step and to another in the next.
+            asked = next(filter(None, ranks.gather(stop.name)), None)
+            if asked:
+                run.save()
+                raise Stopped(asked, state.step, run.saved.folder)
     return history
 
 
@@ -123,11 +140,18 @@ def take_step(
     optimizer, scaler, step = state.optimizer, state.scaler, state.step
     for group in optimizer.param_groups:
         group["lr"] = config.rate(step)
-    found = add_gradient(loss_of, batches, scaler=scaler, measure=measure)
+    found = add_gradient(
+        loss_of,
+        batches,
+        scaler=scaler,
+        measure=measure and state.ranks.rank == 0,
+        ranks=state.ranks,
+    )
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(
         state.student.parameters(), config.max_grad_norm
-    ).item()
+    )
+    norm = whole(norm).item()
     # In fp16 a gradient may overflow: the scaler leaves the step out and scales less.
     finite = math.isfinite(norm) or scaler.is_enabled()
     if not math.isfinite(found.loss) or not finite:
@@ -141,6 +165,25 @@ def take_step(
     optimizer.zero_grad(set_to_none=True)
     check_scale(scaler, step)
     return found, norm
+
+
+def spread(loss_of: StudentLoss, config: TrainConfig, ranks: Ranks) -> torch.nn.Module:
+    """What to call in the place of `loss_of`, by the engine for these ranks."""
+    if ranks.shard:
+        # Moving would take the parts apart; and ranks that write texts of unlike length
+        # would wait for each other in vain.
+        for name in ("teacher_offload", "sequence_level", "lmbda"):
+            if value := getattr(config, name):
+                raise ArgumentError(
+                    f"shard=True with {name}={value}",
+                    f"leave {name} out, or do not shard",
+                )
+        shard(loss_of.student, ranks)
+        if isinstance(loss_of.teacher, LiveTeacher):
+            shard(loss_of.teacher.model, ranks)
+    elif ranks.world > 1:
+        return replicated(loss_of, ranks)
+    return loss_of
 
 
 def check_arguments(
@@ -166,7 +209,7 @@ def adamw(student, config: TrainConfig) -> torch.optim.AdamW:
     )
 
 
-def facts_of(student, pairs, objective, config, teacher) -> dict[str, dict]:
+def facts_of(student, pairs, objective, config, teacher, ranks) -> dict[str, dict]:
     """What has to be the same for a run to go on."""
     taught = {"kind": type(teacher).__name__}
     if isinstance(teacher, LiveTeacher):
@@ -178,6 +221,7 @@ def facts_of(student, pairs, objective, config, teacher) -> dict[str, dict]:
         "data": {"examples": len(pairs), "sha256": data_hash(pairs)},
         "student": layout(student),
         "teacher": taught,
+        "run": {"shard": ranks.shard},
     }
 
 
@@ -229,7 +273,7 @@ def closing(batches: Iterator, run: RunFolder | None) -> Iterator[None]:
     finally:
         batches.close()
         if run is not None:
-            run.record.close()
+            run.close()
 
 
 @contextmanager

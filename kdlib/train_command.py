@@ -26,6 +26,7 @@ import torch
 
 from kdlib import __version__, models
 from kdlib.build_cache import OWN_DTYPES
+from kdlib.distributed import Ranks, processes
 from kdlib.errors import ArgumentError, nearest
 from kdlib.evaluate import evaluate, parameter_count, teacher_reference
 from kdlib.examples import read_examples
@@ -34,8 +35,9 @@ from kdlib.objective import Objective
 from kdlib.pairs import EncodedPair, PairCollator
 from kdlib.precision import Precision
 from kdlib.settings import TrainConfig, checked, checked_values, read_table
+from kdlib.sharding import whole_model
 from kdlib.teachers import CachedTeacher, LiveTeacher, RemoteTeacher, Teacher
-from kdlib.train import History, train
+from kdlib.train import train
 
 API_KEY = "KDLIB_API_KEY"  # of a served teacher
 
@@ -192,49 +194,69 @@ def run(
     config: str | Path,
     out: str | Path | None = None,
     *,
+    shard: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict:
     """Train as the file says; the facts that result.json holds.
 
-    out: the folder of the run, by default runs/NAME for a file NAME.toml. Started
-         again after an end of any kind, the run goes on from its last checkpoint
-    say: gets a line of text at each stage
+    out:   the folder of the run, by default runs/NAME for a file NAME.toml. Started
+           again after an end of any kind, the run goes on from its last checkpoint
+    shard: split student and teacher among torchrun's processes (sharding.py)
+    say:   gets a line of text at each stage
 
     Raises what the rooms below raise, and Stopped after SIGINT or SIGTERM.
     """
-    plan = Plan.read(config)
     out = Path("runs", Path(config).stem) if out is None else Path(out)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(plan.train.seed)  # dropout, where the student has it
-    parts = prepare(plan, device)
-    say(
-        f"{parameter_count(parts.student):,} parameters, "
-        f"{len(parts.pairs):,} examples, {plan.train.steps:,} steps; {device}, {out}"
-    )
-    history = train(
-        parts.student,
-        parts.pairs,
-        parts.collator,
-        plan.objective,
-        plan.train,
-        teacher=parts.teacher,
-        folder=out,
-    )
-    models.save(parts.student, parts.collator.tokenizer, out / "student")
-    facts = {
-        **facts_of(history, parts),
-        "student": str(out / "student"),
-        "settings": read_table(config),
-        "kdlib": __version__,
-        **provenance(shlex.join(["python", "-m", "kdlib", "train", str(config)])),
-    }
-    write_json(out / "result.json", facts)
-    return facts
+    with processes(shard=shard) as ranks:
+        plan, first = Plan.read(config), ranks.rank == 0
+        ranks.check_same(
+            {**read_table(config), "run": {"out": str(out), "shard": shard}}
+        )
+        # For dropout, where the student has it; no two ranks drop the same.
+        torch.manual_seed(plan.train.seed + ranks.rank)
+        parts = prepare(plan, ranks)
+        size = parameter_count(parts.student)
+        if first:
+            say(
+                f"{size:,} parameters, {len(parts.pairs):,} examples, "
+                f"{plan.train.steps:,} steps; {ranks.world} x {ranks.device}, {out}"
+            )
+        history = train(
+            parts.student,
+            parts.pairs,
+            parts.collator,
+            plan.objective,
+            plan.train,
+            teacher=parts.teacher,
+            folder=out,
+            ranks=ranks,
+        )
+        student = whole_model(parts.student, ranks) if shard else parts.student
+        if first:
+            models.save(student, parts.collator.tokenizer, out / "student")
+        facts = {
+            "steps": len(history.loss),
+            "loss": history.loss[-1],
+            "tokens": history.tokens,
+            "seconds": round(history.seconds, 1),
+            "parameters": size,
+            "examples": len(parts.pairs),
+            "validation": fidelity_report(parts) if parts.validation else None,
+            "student": str(out / "student"),
+            "ranks": ranks.world,
+            "shard": shard,
+            "settings": read_table(config),
+            "kdlib": __version__,
+            **provenance(shlex.join(["python", "-m", "kdlib", "train", str(config)])),
+        }
+        if first:
+            write_json(out / "result.json", facts)
+        return facts
 
 
-def prepare(plan: Plan, device: torch.device) -> Parts:
+def prepare(plan: Plan, ranks: Ranks) -> Parts:
     """Load, build and encode."""
-    wanted, start = plan.teacher, plan.student
+    wanted, start, device = plan.teacher, plan.student, ranks.device
     dtype = OWN_DTYPES[Precision.choose(plan.train.precision, device).name]
     teacher_model = student = words = teacher_words = None  # words: the tokenizers
     if wanted.model:
@@ -267,7 +289,7 @@ def prepare(plan: Plan, device: torch.device) -> Parts:
 
     teacher = None
     if teacher_model is not None:
-        teacher = LiveTeacher(teacher_model.to(device, dtype))
+        teacher = LiveTeacher(placed(teacher_model.to(dtype), ranks))
     elif wanted.cache:
         temperature = plan.objective.temperature
         teacher = CachedTeacher(wanted.cache, teacher_words, temperature=temperature)
@@ -279,24 +301,16 @@ def prepare(plan: Plan, device: torch.device) -> Parts:
             api_key=os.environ.get(API_KEY),
             **(wanted.server or {}),
         )
-    return Parts(student.to(device), teacher, collator, pairs, validation)
+    return Parts(placed(student, ranks), teacher, collator, pairs, validation)
+
+
+def placed(model, ranks: Ranks):
+    """On the rank's device; to be sharded, in the CPU's memory: it may not fit."""
+    return model if ranks.shard else model.to(ranks.device)
 
 
 def encoded(collator: PairCollator, source: str) -> list[EncodedPair]:
     return [collator.encode(e, i) for i, e in enumerate(read_examples(source))]
-
-
-def facts_of(history: History, parts: Parts) -> dict:
-    """The run's end in numbers."""
-    return {
-        "steps": len(history.loss),
-        "loss": history.loss[-1],
-        "tokens": history.tokens,
-        "seconds": round(history.seconds, 1),
-        "parameters": parameter_count(parts.student),
-        "examples": len(parts.pairs),
-        "validation": fidelity_report(parts) if parts.validation else None,
-    }
 
 
 def fidelity_report(parts: Parts, batch_size: int = 32) -> dict[str, dict]:

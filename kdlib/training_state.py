@@ -1,9 +1,10 @@
 """What a run needs to go on: everything that decides its next step.
 
-    weights          model.safetensors
+    weights          model.safetensors; of a sharded run in shards/, with the moments
     optimiser        moments and step counts
     gradient scaler  of fp16
-    random states    of Python, NumPy, torch and the device: dropout draws from them
+    random states    of Python, NumPy, torch and the device, on every rank: dropout
+                     draws from them
     history          losses so far; how many there are is the place in the data
 
 The learning rate needs no state: it is a function of the step. Neither does the order
@@ -21,10 +22,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kdlib import checkpoints
+from kdlib import checkpoints, sharding
+from kdlib.distributed import ALONE, Ranks
 from kdlib.errors import ArgumentError, DataError
+from kdlib.settings import differences
 
-WEIGHTS, REST = "model.safetensors", "training.pt"
+WEIGHTS, SHARDS, REST = "model.safetensors", "shards", "training.pt"
 
 
 @dataclass
@@ -45,6 +48,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     history: History
+    ranks: Ranks = ALONE
 
     @property
     def step(self) -> int:
@@ -52,9 +56,23 @@ class TrainingState:
         return len(self.history.loss)
 
     def save(self, folder: Path, facts: dict, keep: int) -> checkpoints.Checkpoint:
-        """Write a checkpoint of this moment. Raises StorageError as `write`."""
-        writers = {WEIGHTS: self._write_weights, REST: self._write_rest}
-        return checkpoints.write(folder, self.step, writers, facts, keep=keep)
+        """Write a checkpoint of this moment, all ranks together.
+
+        Rank 0 writes it; of a sharded run every rank its part. Raises StorageError as
+        `write`, on rank 0.
+        """
+        states = self.ranks.gather(random_states())
+        writers = {REST: lambda path: self._write_rest(path, states)}
+        if self.ranks.shard:
+            writers[SHARDS] = self._write_shards
+        else:
+            writers[WEIGHTS] = self._write_weights
+        saved = None
+        if self.ranks.rank == 0:
+            saved = checkpoints.write(folder, self.step, writers, facts, keep=keep)
+        elif self.ranks.shard:
+            self._write_shards(None)
+        return self.ranks.from_first(saved)
 
     def load(self, checkpoint: checkpoints.Checkpoint) -> None:
         """Raises DataError where the checkpoint is of another kind of student."""
@@ -64,14 +82,19 @@ class TrainingState:
             rest = torch.load(
                 checkpoint.folder / REST, map_location="cpu", weights_only=True
             )
-            load_model(self.student, checkpoint.folder / WEIGHTS)
-            self.optimizer.load_state_dict(rest["optimizer"])
+            if self.ranks.shard:
+                self._read_shards(checkpoint.folder / SHARDS, rest["optimizer"])
+            else:
+                load_model(self.student, checkpoint.folder / WEIGHTS)
+                self.optimizer.load_state_dict(rest["optimizer"])
             if rest["scaler"]:  # empty: another device, whose precision had no scaler
                 self.scaler.load_state_dict(rest["scaler"])
             self.history.loss[:] = rest["loss"].tolist()
             self.history.grad_norm[:] = rest["grad_norm"].tolist()
             self.history.tokens, self.history.seconds = rest["tokens"], rest["seconds"]
-            set_random_states(rest["random"])
+            # A rank that the run did not have before keeps the state it was given.
+            if self.ranks.rank < len(rest["random"]):
+                set_random_states(rest["random"][self.ranks.rank])
         except Exception as error:  # torch, pickle and safetensors: each their own
             raise DataError(
                 f"checkpoint {checkpoint.folder} does not fit: {error}",
@@ -84,15 +107,28 @@ class TrainingState:
 
         save_model(self.student, str(path))  # tied weights are written once
 
-    def _write_rest(self, path: Path) -> None:
+    def _write_shards(self, path: Path | None) -> None:
+        tensors = sharding.weights_and_moments(self.student, self.optimizer)
+        sharding.write_shards(tensors, self.ranks.from_first(path))
+
+    def _read_shards(self, path: Path, steps: dict[str, float]) -> None:
+        tensors = sharding.weights_and_moments(self.student, self.optimizer)
+        sharding.read_shards(tensors, path)
+        sharding.set_steps(self.student, self.optimizer, steps)
+
+    def _write_rest(self, path: Path, random_states: list[dict]) -> None:
+        if self.ranks.shard:  # its moments are in the shards
+            optimizer = sharding.steps_of(self.student, self.optimizer)
+        else:
+            optimizer = self.optimizer.state_dict()
         rest = {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
             "loss": torch.tensor(self.history.loss, dtype=torch.float64),
             "grad_norm": torch.tensor(self.history.grad_norm, dtype=torch.float64),
             "tokens": self.history.tokens,
             "seconds": self.history.seconds,
-            "random": random_states(),
+            "random": random_states,
         }
         torch.save(rest, path)
 
@@ -144,13 +180,11 @@ def check_same(facts: dict, checkpoint: checkpoints.Checkpoint, may_change) -> N
 
     Raises ArgumentError naming every setting that differs, with both values.
     """
-    differing = []
-    for part in sorted(facts.keys() | checkpoint.facts.keys()):
-        now, then = facts.get(part, {}), checkpoint.facts.get(part, {})
-        for name in sorted(now.keys() | then.keys()):
-            if name not in may_change and now.get(name) != then.get(name):
-                values = f"{then.get(name)!r}, now {now.get(name)!r}"
-                differing.append(f"{part}.{name} was {values}")
+    differing = [
+        f"{name} was {then!r}, now {now!r}"
+        for name, (then, now) in differences(checkpoint.facts, facts).items()
+        if name.partition(".")[2] not in may_change
+    ]
     if differing:
         raise ArgumentError(
             f"{checkpoint.folder} is of a run with other settings: "

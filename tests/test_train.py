@@ -16,7 +16,8 @@ import torch
 from kdlib import batching, localize, models, precision
 from kdlib.batching import prefetched
 from kdlib.errors import ArgumentError, TrainingError
-from kdlib.gradients import StudentLoss, add_gradient
+from kdlib.fused import Head
+from kdlib.gradients import StudentLoss, add_gradient, attached
 from kdlib.objective import Objective
 from kdlib.pairs import PairCollator
 from kdlib.precision import Precision
@@ -417,10 +418,15 @@ def test_an_offloaded_teacher_is_there_for_its_forward_pass(
     assert events == ["cpu", "forward", "cpu"] * (2 * CONFIG.steps) + ["cpu"]
 
 
-def test_an_offloaded_teachers_head_stays(tokenizer, teacher, student):
-    loss_of = StudentLoss(student, Objective(), teacher, fused=True, offload=True)
-    theirs, kept = teacher.model.lm_head.weight, loss_of.heads[1].weight
-    assert torch.equal(theirs, kept) and theirs.data_ptr() != kept.data_ptr()
+def test_an_offloaded_teachers_head_stays(tokenizer):
+    """`to` gives a parameter other data: in another dtype here, elsewhere on a GPU."""
+    model = small(tokenizer)
+    before = model.lm_head.weight.detach().clone()
+    head = attached(Head.of(model), model, trained=False)
+    model.to(torch.float64)
+    assert torch.equal(head.weight, before) and head.weight.dtype == torch.float32
+    assert not head.weight.requires_grad
+    assert attached(head, model, trained=True).weight is model.lm_head.weight
 
 
 # --- Signals ---

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdlib import localize, models, train_command
 from kdlib.__main__ import main
+from kdlib.distributed import Ranks
 from kdlib.errors import ArgumentError, DataError, ModelError
 from kdlib.evaluate import evaluate, teacher_reference
 from kdlib.pairs import PairCollator
@@ -108,7 +109,7 @@ def test_a_run_from_file_to_verdict(write, data, tmp_path, teacher, capsys):
 def test_the_report_s_means_are_over_tokens(write, data, teacher, monkeypatch):
     """Batches of unequal length must not weigh alike."""
     plan = Plan.read(write(validation={"source": data}))
-    parts = train_command.prepare(plan, torch.device("cpu"))
+    parts = train_command.prepare(plan, Ranks(device=torch.device("cpu")))
     whole = train_command.fidelity_report(parts, batch_size=12)
     split = train_command.fidelity_report(parts, batch_size=5)
     for name, value in whole["student"].items():
@@ -188,10 +189,10 @@ def test_a_student_made_of_the_teacher_s_first_layers(teacher):
 
 
 def test_every_start_of_a_student(write, tmp_path, teacher):
-    device = torch.device("cpu")
+    ranks = Ranks(device=torch.device("cpu"))
 
     def made(**student):
-        return train_command.prepare(Plan.read(write(student=student)), device).student
+        return train_command.prepare(Plan.read(write(student=student)), ranks).student
 
     assert made(first_layers=1).config.num_hidden_layers == 1
     assert torch.equal(made(model="teacher").lm_head.weight, teacher[0].lm_head.weight)
