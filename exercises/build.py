@@ -40,7 +40,7 @@ sys.path[:0] = [str(ROOT / "notebooks"), str(ROOT)]
 
 import build as chapters  # noqa: E402  (notebooks/build.py)
 
-from kdlib.checks import answers  # noqa: E402
+from kdlib.checks import _answers as answers  # noqa: E402
 
 FOLDER = ROOT / "exercises"
 DATA = answers.FOLDER
@@ -63,7 +63,7 @@ def solution_notebook(source: Path) -> NotebookNode:
 
 
 def hidden(source: Path) -> dict:
-    """Question -> what kdlib.checks.answers promises."""
+    """Question -> what kdlib.checks._answers promises."""
     found: dict[str, dict] = {}
     for cell in _cells(source):
         question, part = cell.metadata.get("question"), cell.metadata.get("part")

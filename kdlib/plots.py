@@ -76,8 +76,8 @@ def quality_against_speed(points: Sequence[dict]):
     """Exact match against requests per second, one colour a kind of model.
 
     points: dicts with "kind", "label", "requests_per_s" and "exact_match" (an Interval,
-            drawn as a bar). Kinds that begin with "teacher" are blue, "distilled"
-            orange, the rest grey; points of one kind are joined
+            drawn as a bar, cut at 0 and 1). Kinds that begin with "teacher" are blue,
+            "distilled" orange, the rest grey; points of one kind are joined
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -96,8 +96,8 @@ def quality_against_speed(points: Sequence[dict]):
                 speeds,
                 means,
                 yerr=[
-                    [interval.mean - interval.low for interval in found],
-                    [interval.high - interval.mean for interval in found],
+                    [interval.mean - max(interval.low, 0) for interval in found],
+                    [min(interval.high, 1) - interval.mean for interval in found],
                 ],
                 color={"teacher": BLUE, "distilled": ORANGE}.get(first, GREY),
                 marker={"teacher": "s", "distilled": "o"}.get(first, "v"),
@@ -113,7 +113,10 @@ def quality_against_speed(points: Sequence[dict]):
                     textcoords="offset points",
                     fontsize=9,
                 )
+        fastest = max(point["requests_per_s"] for point in points)
+        slowest = min(point["requests_per_s"] for point in points)
         axes.set_xscale("log")
+        axes.set_xlim(0.7 * slowest, 1.5 * fastest)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.minorticks_off()

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from kdlib import checks
-from kdlib.checks import answers, attempt, frame, values
+from kdlib.checks import _answers as answers
+from kdlib.checks import attempt, frame, values
 from kdlib.errors import ArgumentError
 
 
@@ -267,6 +268,8 @@ def test_prints_and_warnings_reach_nobody(capfd):
         print("err", file=sys.stderr)
         warnings.warn("careful", stacklevel=1)
         np.float64(1) / np.float64(0)
+        sys.stdout.writelines(["a", "b"])
+        sys.stdout.flush()
         return right(numbers, factor) + 1
 
     verdict = SUM.grade(answer)
@@ -274,6 +277,14 @@ def test_prints_and_warnings_reach_nobody(capfd):
     assert (out, err) == ("", "")
     assert "It printed:\n    spam spam" in verdict.message
     assert len(verdict.message) < 1500
+
+
+def test_a_flood_is_not_kept():
+    def floods():
+        for _ in range(2000):
+            print("spam")
+
+    assert len(attempt.attempt(floods, ()).printed) <= 2 * attempt.KEPT + 2
 
 
 def test_warnings_are_errors_neither_before_nor_after():
@@ -291,8 +302,10 @@ def test_warnings_are_errors_neither_before_nor_after():
 
 def test_the_same_text_every_time():
     answers_ = [right, divides, returns(str), returns(lambda x: 2 * x), lambda n: n]
+    answers_ += [lambda n, f: print, lambda n, f: object(), lambda n, f: (x for x in n)]
     for answer in answers_:
         assert SUM.grade(answer).message == SUM.grade(answer).message
+        assert "0x" not in SUM.grade(answer).message
 
 
 # --- Wrong ---
@@ -303,7 +316,20 @@ def adds_in_place(numbers, factor):
     return right(numbers, factor) - factor
 
 
-def sorts(numbers, factor):
+def within_itself():
+    loop = []
+    loop.append(loop)
+    return loop
+
+
+class Stubborn:
+    def tolist(self):
+        raise RuntimeError
+
+    __repr__ = tolist
+
+
+def appends(numbers, factor):
     if isinstance(numbers, list):
         numbers.append(0)
     return right(numbers, factor)
@@ -313,7 +339,7 @@ def sorts(numbers, factor):
     ("answer", "bug", "points"),
     [
         (adds_in_place, "changes its input", 0),
-        (sorts, "changes its input", 1),
+        (appends, "changes its input", 1),
         (lambda n, f: None, "no return", 0),
         (returns(str), "wrong type", 0),
         (returns(bool), "wrong type", 0),
@@ -333,6 +359,10 @@ def sorts(numbers, factor):
         (returns(lambda x: 4 * x), "constant factor", 0),
         (returns(lambda x: float(x) * (1 + 1e-6)), "constant factor", 0),
         (lambda n, f: 7.0, "constant", 0),
+        (lambda n, f: within_itself(), "wrong type", 0),
+        (lambda n, f: Stubborn(), "wrong type", 0),
+        (lambda n, f: torch.empty(2, device="meta"), "wrong type", 0),
+        (lambda n, f: 10**400, "not finite", 0),
         (returns(lambda x: x + 1), None, 0),
     ],
 )

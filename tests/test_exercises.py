@@ -23,7 +23,8 @@ import pytest
 import test_notebooks as rules
 
 from kdlib import checks
-from kdlib.checks import answers, frame
+from kdlib.checks import _answers as answers
+from kdlib.checks import frame
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = sorted(path.stem for path in (ROOT / "exercises" / "src").glob("*.py"))

@@ -236,19 +236,21 @@ checks.check("1.3", critical_batch)
 # compute what surprised you. For the cache, use your function of 1.1.
 
 # %% question="1.4" part="answer"
+### BEGIN SOLUTION
 gigabytes = {
-    ### BEGIN SOLUTION
     "weights": 16.1,
     "cache": 68.7,
     "all_targets": 257,
     "kept_targets": 0.048,
-    ### STUB
-    # "weights": ...,
-    # "cache": ...,
-    # "all_targets": ...,
-    # "kept_targets": ...,
-    ### END SOLUTION
 }
+### STUB
+# gigabytes = {
+#     "weights": ...,
+#     "cache": ...,
+#     "all_targets": ...,
+#     "kept_targets": ...,
+# }
+### END SOLUTION
 
 # %% question="1.4" part="check"
 checks.check("1.4", gigabytes)
@@ -334,19 +336,21 @@ checks.check("1.4", gigabytes)
 #   > shows it: with labels for all inputs, plain training did as well.
 
 # %% question="1.5" part="answer"
+### BEGIN SOLUTION
 where_the_gain_lies = {
-    ### BEGIN SOLUTION
     "a": "A",
     "b": "C",
     "c": "B",
     "d": "C",
-    ### STUB
-    # "a": ...,
-    # "b": ...,
-    # "c": ...,
-    # "d": ...,
-    ### END SOLUTION
 }
+### STUB
+# where_the_gain_lies = {
+#     "a": ...,
+#     "b": ...,
+#     "c": ...,
+#     "d": ...,
+# }
+### END SOLUTION
 
 # %% question="1.5" part="check"
 checks.check("1.5", where_the_gain_lies)

@@ -15,7 +15,7 @@ import importlib
 import os
 import textwrap
 
-from kdlib.checks import answers, frame
+from kdlib.checks import _answers, frame
 from kdlib.errors import ArgumentError, nearest
 
 __all__ = ["check", "hint", "solution"]
@@ -42,7 +42,7 @@ def check(question: str, answer: object) -> float | None:
 
 def hint(question: str) -> None:
     """Print the first hint, the next time the second."""
-    hints = answers.of(_find(question).id)["hints"]
+    hints = _answers.of(_find(question).id)["hints"]
     number = min(_shown.get(question, 0) + 1, len(hints))
     _shown[question] = number
     print(f"Hint {number} of {len(hints)} for {question}")
@@ -51,7 +51,7 @@ def hint(question: str) -> None:
 
 def solution(question: str) -> None:
     """Print the solution and the reason behind it."""
-    found = answers.of(_find(question).id)
+    found = _answers.of(_find(question).id)
     print(f"Solution of {question}\n")
     print(found["solution"])
     if found["note"]:
@@ -75,6 +75,6 @@ def _find(question: str) -> frame.Question:
 def _questions() -> dict[str, frame.Question]:
     """Every question by its number, in the order of the course."""
     chapters = (
-        importlib.import_module(f"kdlib.checks.{name}") for name in answers.chapters()
+        importlib.import_module(f"kdlib.checks.{name}") for name in _answers.chapters()
     )
     return {item.id: item for chapter in chapters for item in chapter.QUESTIONS}

@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from kdlib.checks import answers, values
+from kdlib.checks import _answers, values
 from kdlib.checks.attempt import KEPT, SECONDS, Attempt, attempt
 
 NOT_ATTEMPTED = "not attempted"
@@ -128,7 +128,7 @@ class Code(Question):
         """(outcome, lines, bug) of one call, or None. `seen` gets the fit values."""
         if tried.failure == "not written":
             return NOT_ATTEMPTED, ["The stub still raises NotImplementedError."], None
-        lines = [f"Test: {test.name}", "Input: " + self._input(arguments)]
+        lines = [f"Test: {test.name}", _wrap("Input: " + self._input(arguments))]
         if tried.printed:
             lines += [_printed(tried.printed)]
         if tried.failure == "raised":
@@ -143,7 +143,7 @@ class Code(Question):
                 "Work on a copy, or write `a = a + b` for `a += b`."
             )
             return WRONG, [*lines, _wrap(told)], "changes its input"
-        lines += [f"Yours: {values.show(tried.value)}"]
+        lines += [_wrap(f"Yours: {values.show(tried.value)}")]
         shape = test.shape(*arguments) if test.shape else ()
         try:
             got, tolerance = values.read(tried.value, shape)
@@ -166,7 +166,8 @@ class Code(Question):
                 factor = self._factor([shown])
                 if factor:
                     lines += [f"Your value is {values.times(factor)} here."]
-                return bug.name, lines + ([f"Seen in {bug.seen}."] if bug.seen else [])
+                lines += [_wrap(f"Seen in {bug.seen}.")] if bug.seen else []
+                return bug.name, lines
         factor = self._factor(seen)
         if factor:
             told = f"Your value is {values.times(factor)} on every input tried."
@@ -216,7 +217,7 @@ class Predict(Question):
         for key, value in given.items():
             said, worth, bug = self._one(key, value, truth[key])
             points += worth
-            lines.append(f"{key}: {said}")
+            lines.append(_wrap(f"{key}: {said}"))
             bugs += [bug] if worth < 1 else []
         if not bugs:
             return self._verdict(RIGHT, points, lines)
@@ -254,7 +255,7 @@ class Choice(Question):
         given = _entries(answer, self.items)
         if given is None or all(_is_open(value) for value in given.values()):
             return self._verdict(NOT_ATTEMPTED, 0, ["Give a letter for every item."])
-        options = answers.of(self.id)["options"]
+        options = _answers.of(self.id)["options"]
         points, lines, bugs = 0.0, [], []
         for item, value in given.items():
             letter = value.strip().upper() if isinstance(value, str) else value
@@ -282,7 +283,7 @@ def _entries(answer: object, keys: Iterable[str]) -> dict | None:
 
 
 def _is_open(value: object) -> bool:
-    return value is None or value is ... or value == ""
+    return value is None or value is ... or (isinstance(value, str) and not value)
 
 
 def _printed(text: str) -> str:

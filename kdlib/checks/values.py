@@ -32,18 +32,24 @@ def read(value: object, shape: Sequence[int] = ()) -> tuple[list[float], float]:
     if value is None:
         raise Unfit("no return", "It returned None. Did you forget `return`?")
     dtypes: set[str] = set()
-    value = _plain(value, dtypes)
+    try:
+        value = _plain(value, dtypes)
+        numbers = _flat(value)
+        found = _shape(value)
+    except Exception:  # a list within itself, a class of the student's own
+        numbers = [None]
     if dtypes & {"float16", "bfloat16"}:
         raise Unfit("half precision", "Half precision is too coarse: use float32.")
-    numbers = _flat(value)
     if not all(_is_number(x) for x in numbers):
         raise Unfit("wrong type", f"It returned a {kind}; wanted: {_wanted(shape)}.")
-    found = _shape(value)
     if found != tuple(shape):
         raise Unfit(
             "wrong shape", f"The shape is {list(found)}; wanted: {_wanted(shape)}."
         )
-    numbers = [float(x) for x in numbers]
+    try:
+        numbers = [float(x) for x in numbers]
+    except OverflowError:
+        numbers = [math.inf]
     if not all(map(math.isfinite, numbers)):
         raise Unfit("not finite", "It returned NaN or an infinity.")
     return numbers, max([EXACT, *(TOLERANCE.get(name, EXACT) for name in dtypes)])
@@ -76,14 +82,14 @@ def times(factor: float) -> str:
 
 def show(value: object) -> str:
     """An input or a result in a message: short, and equal every time."""
-    if hasattr(value, "tolist"):
-        value = value.detach() if hasattr(value, "detach") else value
-        text = f"tensor({value.tolist()})" if value.shape else f"{value.tolist()}"
-    else:
-        try:
-            text = repr(value)
-        except Exception:
-            text = f"a {type(value).__name__}"
+    try:
+        text = repr(_plain(value, set()))
+        if getattr(value, "shape", ()) != ():
+            text = f"tensor({text})"
+    except Exception:
+        text = " at 0x"
+    if " at 0x" in text:  # an address says nothing, and differs every time
+        text = f"a {type(value).__name__}"
     text = " ".join(text.split())
     return text if len(text) <= 160 else text[:160] + " ..."
 
