@@ -139,12 +139,13 @@ def train(arguments) -> None:
 
 def build_cache(arguments) -> None:
     from kdlib import build_cache, models
+    from kdlib.run_plan import API_KEY
 
     models.quiet_transformers()
     given = vars(arguments)
     options = {name: given[name] for name, *_ in CACHE_OPTIONS if name in given}
     server = {name: given[f"server_{name}"] for name, *_ in SERVER_OPTIONS}
-    server["api_key"] = os.environ.get("KDLIB_API_KEY")
+    server["api_key"] = os.environ.get(API_KEY)
     manifest = build_cache.build(
         arguments.teacher,
         arguments.data,

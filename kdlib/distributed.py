@@ -119,6 +119,7 @@ def processes(*, shard: bool = False) -> Iterator[Ranks]:
         rank=rank,
         world_size=world,
     )
+    together = True
     try:
         yield Ranks(rank, world, device, shard)
     except Stopped as stop:
@@ -126,11 +127,13 @@ def processes(*, shard: bool = False) -> Iterator[Ranks]:
             raise SystemExit(128 + stop.signal) from stop
         raise
     except BaseException as error:
+        together = world == 1
         if _first_to_fail(store, rank) != rank:
             raise SystemExit(2) from error
         raise
-    # Not after an error: there is nobody left to take leave of.
-    dist.destroy_process_group()
+    finally:
+        if together:  # after an error, a rank would wait for others that are gone
+            dist.destroy_process_group()
 
 
 def _meet():

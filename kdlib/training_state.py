@@ -24,7 +24,7 @@ import torch
 
 from kdlib import checkpoints, sharding
 from kdlib.distributed import ALONE, Ranks
-from kdlib.errors import ArgumentError, DataError
+from kdlib.errors import ArgumentError, DataError, StorageError
 from kdlib.settings import differences
 
 WEIGHTS, SHARDS, REST = "model.safetensors", "shards", "training.pt"
@@ -59,7 +59,7 @@ class TrainingState:
         """Write a checkpoint of this moment, all ranks together.
 
         Rank 0 writes it; of a sharded run every rank its part. Raises StorageError as
-        `write`, on rank 0.
+        `write`.
         """
         states = self.ranks.gather(random_states())
         writers = {REST: lambda path: self._write_rest(path, states)}
@@ -71,7 +71,14 @@ class TrainingState:
         if self.ranks.rank == 0:
             saved = checkpoints.write(folder, self.step, writers, facts, keep=keep)
         elif self.ranks.shard:
-            self._write_shards(None)
+            try:
+                self._write_shards(None)
+            except OSError as error:
+                raise StorageError(
+                    f"could not write rank {self.ranks.rank}'s part of a checkpoint: "
+                    f"{error}",
+                    "free disk space; the last good checkpoint is untouched",
+                ) from error
         return self.ranks.from_first(saved)
 
     def load(self, checkpoint: checkpoints.Checkpoint) -> None:

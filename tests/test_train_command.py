@@ -19,9 +19,9 @@ from kdlib.distributed import Ranks
 from kdlib.errors import ArgumentError, DataError, ModelError
 from kdlib.evaluate import evaluate, teacher_reference
 from kdlib.pairs import PairCollator
+from kdlib.run_plan import Plan
 from kdlib.settings import TrainConfig
 from kdlib.teachers import LiveTeacher
-from kdlib.train_command import Plan
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "notebooks" / "experiments" / "fr_long.toml"
@@ -206,6 +206,24 @@ def test_every_start_of_a_student(write, tmp_path, teacher):
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
 
 
+def test_lengths_and_a_server_s_options_arrive(write, data, monkeypatch):
+    monkeypatch.setenv("KDLIB_API_KEY", "a key")
+    lengths = {"teacher_max_length": 90, "student_max_length": 40}
+    table = {
+        "url": "http://h",
+        "tokenizer": "teacher",
+        "server": {"k": 3, "retries": 9},
+    }
+    whole = {"source": data, "truncate_context": "never", **lengths}
+    plan = Plan.read(write(data=whole, teacher=table))
+    parts = train_command.prepare(plan, Ranks(device=torch.device("cpu")))
+    sides = parts.collator.teacher_side, parts.collator.student_side
+    assert [side.max_length for side in sides] == [90, 40]
+    assert {side.truncate_context for side in sides} == {"never"}
+    assert parts.teacher.k == 3 and parts.teacher._server.retries == 9
+    assert "a key" in str(vars(parts.teacher._server))
+
+
 def test_labels_alone_need_no_teacher(write, tmp_path):
     file = write(
         objective={"hard_weight": 1.0}, teacher=None, student={"model": "teacher"}
@@ -337,6 +355,27 @@ def test_another_run_s_folder_is_refused(write, tmp_path, capsys):
     file = write(objective={"temperature": 2.0})
     assert main(["train", file, "--out", out]) == 2
     assert "objective.temperature was 1.0, now 2.0" in capsys.readouterr().err
+
+
+def test_sharding_among_one(write, tmp_path, capsys):
+    """Without torchrun: a group of one process, which changes no bit."""
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    file = write()
+    assert main(["train", file, "--out", whole]) == 0
+    assert main(["train", file, "--out", parts, "--shard"]) == 0
+    assert torch.equal(weights(f"{whole}/student"), weights(f"{parts}/student"))
+    assert main(["train", file, "--out", whole, "--shard"]) == 2
+    assert "run.shard was False, now True" in capsys.readouterr().err
+    settings = {"steps": 1, "batch_size": 2}
+    for name, value in (
+        ("lmbda", 0.5),
+        ("sequence_level", True),
+        ("teacher_offload", True),
+    ):
+        file = write(train={**settings, name: value})
+        out = str(tmp_path / name)
+        assert main(["train", file, "--out", out, "--shard"]) == 2
+        assert f"shard=True with {name}={value}" in capsys.readouterr().err
 
 
 def test_settings_know_their_files(tmp_path):

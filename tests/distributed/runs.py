@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from kdlib import localize, models
 from kdlib.distributed import ALONE, Ranks, processes
@@ -138,6 +139,7 @@ def run(
             getattr(p, "to_local", lambda p=p: p)().numel()
             for p in student.parameters()
         ),
+        "groups": sum(isinstance(m, FSDPModule) for m in student.modules()),
     }
 
 

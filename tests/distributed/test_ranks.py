@@ -106,8 +106,9 @@ def test_two_ranks_train_as_one_process(name, engine, legs, setting):
 
 def test_sharded_ranks_hold_half_of_the_weights(legs):
     whole = legs["first"]["tokens", COPIED]["held"]
-    half = legs["first"]["tokens", SHARDED]["held"]
-    assert 0.5 <= half / whole < 0.55  # rank 0 has the odd rows
+    half = legs["first"]["tokens", SHARDED]
+    assert 0.5 <= half["held"] / whole < 0.55  # rank 0 has the odd rows
+    assert half["groups"] == 3  # two blocks and the rest are gathered each in its turn
 
 
 @pytest.mark.parametrize("engine", [COPIED, SHARDED])
@@ -171,6 +172,7 @@ build = {{ hidden_size = 8, layers = 2, heads = 2 }}
 [validation]
 source = "{data}"
 """
+COMMAND = f'exec "{sys.executable}" -m kdlib train run.toml "$@"'
 DATA = '{{"user_input": "{}", "response": "dix"}}\n'
 
 
@@ -188,7 +190,7 @@ def place(tmp_path):
 
 def apart(place, *options) -> subprocess.Popen:
     """The command on two ranks, each in its folder, as if on two machines."""
-    line = f'cd "$RANK" && exec "{sys.executable}" -m kdlib train run.toml "$@"'
+    line = f'cd "$RANK" && {COMMAND}'
     command = ["--no-python", "sh", "-c", line, "sh", "--out", place / "out"]
     return torchrun(2, *command, *options, cwd=place)
 
@@ -210,6 +212,15 @@ def test_ranks_that_differ_are_refused(case, place):
     assert said.count("kdlib: ") == 1 and message in said, said
     assert said.count("Traceback") == 1, said  # torchrun's own
     assert not (place / "out" / "checkpoints").exists()
+
+
+def test_a_full_disk_on_one_rank(place):
+    """Rank 1 may write 20 blocks a file: less than its part of the checkpoint."""
+    line = f'[ "$RANK" = 0 ] || ulimit -f 20; cd "$RANK" && {COMMAND}'
+    command = ["--no-python", "sh", "-c", line, "sh", "--out", place / "out", "--shard"]
+    said = output(torchrun(2, *command, cwd=place), status=1)
+    assert said.count("kdlib: ") == 1 and "free disk space" in said, said
+    assert not list((place / "out" / "checkpoints").glob("step-*"))
 
 
 @pytest.mark.parametrize("options", [[], ["--shard"]])
