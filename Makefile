@@ -39,6 +39,7 @@ lint: $(TESTS) ## lint, formatting, floors of the package
 notebooks: $(TESTS) ## run the notebooks' sources and write the notebooks
 	$(PY) notebooks/build.py
 	$(PY) exercises/build.py
+	$(PY) notebooks/contents.py --write
 
 clean: ## remove .venv and every cache (runs/ and quickstart/ stay)
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
