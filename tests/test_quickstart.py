@@ -215,6 +215,26 @@ def test_a_killed_second_process_is_reported(tmp_path):
 
 
 @pytest.mark.slow
+def test_ctrl_c_is_the_first_process_s_to_decide(tmp_path):
+    """The terminal sends it to both; the second one goes on until it is stopped."""
+    row = beside.Beside(phone.HARD_TOKENS, phone.Budget(4, 0, 0.0), 0, tmp_path / "a")
+    row.steps(wait=True)
+    os.kill(row._process.pid, signal.SIGINT)
+    while not row.done:
+        row.steps(wait=True)
+    row.stop()
+    assert row._process.exitcode == 0
+
+
+@pytest.mark.slow
+def test_stop_does_not_wait_for_the_row(tmp_path):
+    row = beside.Beside(phone.HARD_TOKENS, phone.Budget(9_999, 0, 0.0), 0, tmp_path)
+    row.steps(wait=True)
+    row.stop()
+    assert row._process.exitcode == -signal.SIGTERM
+
+
+@pytest.mark.slow
 def test_an_error_beside_is_raised_here(tmp_path):
     (tmp_path / "file").write_text("in the way")
     row = beside.Beside(
@@ -275,3 +295,13 @@ def test_a_seed_fixes_the_student(data, seed):
 
     assert torch.equal(weights(seed), weights(seed))
     assert not torch.equal(weights(seed), weights(seed + 1))
+
+
+def test_a_seed_fixes_the_first_weights(data, monkeypatch):
+    monkeypatch.setattr(phone, "train", lambda *_, **__: None)
+    budget = phone.Budget(1, 0, 0.0)
+    first, again, other = (
+        phone.fit(phone.HARD_TOKENS, data, budget, seed).lm_head.weight
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
