@@ -25,7 +25,8 @@ import numpy as np
 import torch
 
 from kdlib.errors import ArgumentError, DataError
-from kdlib.pairs import EncodedPair, PairedBatch, tokenizer_content
+from kdlib.pairs import EncodedPair, PairedBatch
+from kdlib.prompts import tokenizer_content
 from kdlib.shards import FORMAT, MANIFEST, Shard, digest, read_manifest, shard_fault
 from kdlib.sparse import SparseTargets
 

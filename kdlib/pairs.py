@@ -17,7 +17,6 @@ Notation: Xiao & Zhu, Foundations of Large Language Models, ch. 3 (arXiv 2501.09
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import zip_longest
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kdlib.errors import AlignmentError, ArgumentError, DataError, ModelError
+from kdlib.prompts import PromptSide, check_same_tokenizer, token_ids
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int64, Shaped
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TRUNCATE_CONTEXT = ("left", "right", "never")
-SEPARATOR = "\n"  # between context, user input and response where no template rules
 
 
 @dataclass(frozen=True)
@@ -256,10 +255,10 @@ class PairCollator:
         elif teacher_tokenizer is not tokenizer:
             check_same_tokenizer(teacher_tokenizer, tokenizer)
         self.tokenizer = tokenizer
-        self.teacher_side = _Side(
+        self.teacher_side = PromptSide(
             "teacher", teacher_tokenizer, teacher_max_length, truncate_context
         )
-        self.student_side = _Side(
+        self.student_side = PromptSide(
             "student", tokenizer, student_max_length, truncate_context
         )
 
@@ -277,7 +276,7 @@ class PairCollator:
                     f"example {example_id}: {field.name} is not text: {error}",
                     "pass whole strings; an empty one for nothing",
                 ) from error
-        response_ids = _token_ids(self.tokenizer, example.response)
+        response_ids = token_ids(self.tokenizer, example.response)
         if not response_ids:
             raise DataError(
                 f"example {example_id}: response {example.response!r} has no tokens",
@@ -328,176 +327,20 @@ class PairCollator:
         That is no error here, because ids are joined. It shows what code risks that
         finds the response in a text tokenised whole, by the prompt's length.
         """
-        response_ids = _token_ids(self.tokenizer, example.response)
+        response_ids = token_ids(self.tokenizer, example.response)
         differing = []
         for side, context in self._sides(example):
             prompt = side.render(context, example.user_input)
-            joined = _token_ids(side.tokenizer, prompt) + response_ids
-            if _token_ids(side.tokenizer, prompt + example.response) != joined:
+            joined = token_ids(side.tokenizer, prompt) + response_ids
+            if token_ids(side.tokenizer, prompt + example.response) != joined:
                 differing.append(side.name)
         return differing
 
-    def _sides(self, example: PairedExample) -> list[tuple[_Side, str]]:
+    def _sides(self, example: PairedExample) -> list[tuple[PromptSide, str]]:
         return [
             (self.teacher_side, example.context),
             (self.student_side, example.simplified_context),
         ]
-
-
-def check_same_tokenizer(
-    teacher_tokenizer: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Compare by content; two vocabularies of equal size may number other tokens.
-
-    Raises ModelError naming what differs.
-    """
-    theirs, ours = tokenizer_content(teacher_tokenizer), tokenizer_content(tokenizer)
-    names = sorted(theirs.keys() | ours.keys())
-    differing = [name for name in names if theirs.get(name) != ours.get(name)]
-    if differing:
-        raise ModelError(
-            f"teacher's and student's tokenizers differ in {', '.join(differing)} "
-            f"({len(teacher_tokenizer)} and {len(tokenizer)} tokens)",
-            "token-level distillation needs one vocabulary; between vocabularies, "
-            "train on the teacher's responses as text (sequence-level targets)",
-        )
-    if teacher_tokenizer.eos_token_id != tokenizer.eos_token_id:
-        raise ModelError(
-            f"teacher's responses end with {teacher_tokenizer.eos_token!r}, "
-            f"student's with {tokenizer.eos_token!r}",
-            "set eos_token of both tokenizers to the token that ends a turn",
-        )
-
-
-def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """What decides which ids a text gets, part by part, as canonical JSON."""
-    if tokenizer.is_fast:
-        parts = json.loads(tokenizer.backend_tokenizer.to_str())
-        for name in ("vocab", "merges"):
-            parts[name] = parts["model"].pop(name, None)
-        # The rest is decoding, or settings of the last call (padding, truncation).
-        names = ("normalizer", "pre_tokenizer", "model", "vocab", "merges")
-        parts = {name: parts[name] for name in (*names, "added_tokens")}
-    else:
-        parts = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
-    return {name: json.dumps(part, sort_keys=True) for name, part in parts.items()}
-
-
-class _Side:
-    """How one side's prompts are written: its tokenizer, template and budget."""
-
-    def __init__(
-        self,
-        name: str,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        truncate_context: str,
-    ):
-        if not isinstance(max_length, int) or max_length < 1:
-            raise ArgumentError(
-                f"{name}_max_length={max_length!r}", "pass a number of tokens"
-            )
-        self.name, self.tokenizer, self.max_length = name, tokenizer, max_length
-        self.truncate_context = truncate_context
-        self.bos = []
-        if not tokenizer.chat_template:
-            if tokenizer.bos_token_id is not None:
-                self.bos = [tokenizer.bos_token_id]
-            return
-        # Some templates refuse a system message, others drop it without a word.
-        self.system_role = True
-        if self._template_fault():
-            self.system_role = False
-        if fault := self._template_fault():
-            raise ModelError(
-                f"the {name}'s chat template cannot show a context and a user's "
-                f"message: {fault}",
-                "set tokenizer.chat_template to one that takes messages as text",
-            )
-
-    def _template_fault(self) -> str:
-        try:
-            shown = self.render("A context", "An input")
-        except Exception as error:  # a template can raise anything
-            return f"{type(error).__name__}: {error}"
-        if shown.count("A context") == shown.count("An input") == 1:
-            return ""
-        return f"it makes {shown!r} of them"
-
-    def render(self, context: str, user_input: str) -> str:
-        """The prompt as text."""
-        if not self.tokenizer.chat_template:
-            return (context and context + SEPARATOR) + user_input + SEPARATOR
-        messages = []
-        if context and self.system_role:
-            messages = [{"role": "system", "content": context}]
-        elif context:
-            user_input = context + SEPARATOR + user_input
-        return self.tokenizer.apply_chat_template(
-            [*messages, {"role": "user", "content": user_input}],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-
-    def prompt_ids(
-        self, context: str, user_input: str, response_length: int, example_id: int
-    ) -> tuple[list[int], int]:
-        """Ids that leave room for the response, and how many tokens that cost."""
-        where = f"example {example_id}, {self.name}'s side"
-        whole = ids = self._ids(context, user_input)
-        kept, dropped = context, 0
-        while (excess := len(ids) + response_length - self.max_length) > 0:
-            if not kept or self.truncate_context == "never":
-                long = response_length >= self.max_length
-                fault = "response longer than the budget" if long else "no room"
-                how = "(truncate_context='never')" if kept else "(no context)"
-                raise DataError(
-                    f"{where}: {fault}: {len(ids)} prompt tokens {how} + "
-                    f"{response_length} of the response exceed "
-                    f"{self.name}_max_length={self.max_length}",
-                    f"raise {self.name}_max_length, or shorten the text",
-                )
-            # What is left can merge into other tokens: count again, then go on by one.
-            dropped = max(excess, dropped + 1)
-            kept = self._shorten(context, dropped)
-            ids = self._ids(kept, user_input)
-        if not ids:
-            raise DataError(
-                f"{where}: the prompt has no tokens, so that no position predicts "
-                "the first response token",
-                "give it some text, or set a bos token or a chat template",
-            )
-        return ids, len(whole) - len(ids)
-
-    def _ids(self, context: str, user_input: str) -> list[int]:
-        return self.bos + _token_ids(self.tokenizer, self.render(context, user_input))
-
-    def _shorten(self, context: str, n: int) -> str:
-        """The context's text without n of its tokens, cut between characters."""
-        if not self.tokenizer.is_fast:
-            raise DataError(
-                f"the {self.name}'s context must be shortened, but its tokenizer "
-                "gives no character offsets",
-                f"use a fast tokenizer, or raise {self.name}_max_length",
-            )
-        offsets = self.tokenizer(
-            context,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            verbose=False,
-        )["offset_mapping"]
-        if n >= len(offsets):
-            return ""
-        # Cuts lie where a token ends. That keeps a word's space, which its offsets may
-        # leave out, with the word; and a character whose bytes are several tokens has
-        # its own end as the end of each.
-        if self.truncate_context == "left":
-            return context[offsets[n - 1][1] :]
-        return context[: offsets[-n - 1][1]]
-
-
-def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _view(prompts: list[list[int]], responses: list[list[int]], pad: int) -> View:
