@@ -72,7 +72,7 @@ def evaluate(
     hits: list[bool] = []
     agreeing, kl, tokens = 0, 0.0, 0
     for batch, reference in zip(batches, teacher_logits, strict=True):
-        logits = _logits(model, batch, side).cpu()
+        logits = response_logits(model, batch, side).cpu()
         wrong = logits.argmax(-1) != batch.response_ids.cpu()
         missed = torch.bincount(
             batch.row_ids.cpu(), wrong.double(), minlength=len(batch.example_ids)
@@ -97,7 +97,10 @@ def teacher_reference(
     return [teacher.targets(batch).cpu() for batch in batches]
 
 
-def _logits(model, batch: PairedBatch, side: str) -> Tensor:
+def response_logits(
+    model, batch: PairedBatch, side: str = "student"
+) -> Float[Tensor, "N V"]:
+    """A model's logits at every response token, in eval mode; side as in `evaluate`."""
     was_training = model.training
     model.eval()
     try:

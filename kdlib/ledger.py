@@ -43,16 +43,51 @@ class Interval:
 def mean_interval(values: Sequence[float]) -> Interval:
     """The mean over seeds and its 95 % interval; for paired runs, pass differences.
 
-    Raises ArgumentError for fewer than two values, or more than the table holds.
+    Raises ArgumentError for fewer than two values.
     """
-    freedom = len(values) - 1
-    if not 1 <= freedom <= len(T95):
+    return ratio_interval(values, [1.0] * len(values))
+
+
+def ratio_interval(
+    numerators: Sequence[float], denominators: Sequence[float]
+) -> Interval:
+    """sum(numerators) / sum(denominators) and its 95 % interval.
+
+    For means per token where the units that were sampled, such as user inputs, have
+    several tokens each: numerators hold their sums, denominators their tokens. The
+    interval is that of the linearised ratio (Cochran 1977, Sampling Techniques, 3rd
+    ed., eq. 6.13), and too narrow for a handful of units that differ in length.
+
+    Raises ArgumentError for fewer than two units, or denominators that sum to zero.
+    """
+    n, total = len(numerators), sum(denominators)
+    if n < 2 or n != len(denominators) or total == 0:
         raise ArgumentError(
-            f"{len(values)} values", f"give 2 to {len(T95) + 1} values, one a seed"
+            f"{n} values, whose denominators sum to {total}",
+            "give two values at least, one a seed or input, and a sum above zero",
         )
-    mean = statistics.fmean(values)
-    half = T95[freedom - 1] * statistics.stdev(values) / len(values) ** 0.5
-    return Interval(mean, mean - half, mean + half)
+    ratio = sum(numerators) / total
+    pairs = zip(numerators, denominators, strict=True)
+    rest = [a - ratio * b for a, b in pairs]  # sums to zero
+    half = t95(n - 1) * (sum(r * r for r in rest) / (n - 1) * n) ** 0.5 / abs(total)
+    return Interval(ratio, ratio - half, ratio + half)
+
+
+def t95(freedom: int) -> float:
+    """The two-sided 95 % point of Student's t.
+
+    Above ten degrees of freedom by its expansion around the normal's point (Abramowitz
+    & Stegun 1964, eq. 26.7.5), which is right to 2e-4 there.
+    """
+    if freedom <= len(T95):
+        return T95[freedom - 1]
+    z = statistics.NormalDist().inv_cdf(0.975)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return z + sum(term / freedom**k for k, term in enumerate(terms, 1))
 
 
 def provenance(command: str) -> dict[str, str]:
