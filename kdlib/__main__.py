@@ -91,6 +91,19 @@ def main(argv: list[str] | None = None) -> int:
     bench.add_argument("--json", action="store_true", help="JSON on stdout")
     bench.set_defaults(run=bench_loss)
 
+    claim = commands.add_parser(
+        "ledger", help="list the course's claims, or run one's experiment again"
+    )
+    claim.add_argument("claim", nargs="?", help="the id of the claim to run again")
+    claim.add_argument(
+        "--scale",
+        choices=["small", "full"],
+        default="small",
+        help="small takes minutes on a CPU; full is what the result file was made with",
+    )
+    claim.add_argument("--json", action="store_true", help="JSON on stdout")
+    claim.set_defaults(run=ledger)
+
     arguments = parser.parse_args(argv)
     try:
         status = arguments.run(arguments) or 0
@@ -184,6 +197,26 @@ def bench_loss(arguments) -> None:
         log=lambda line: print(line, file=sys.stderr),
     )
     print(json.dumps(result) if arguments.json else bench.table(result))
+
+
+def ledger(arguments) -> int:
+    from kdlib import claims
+
+    if arguments.claim is None:
+        known = claims.load()
+        if arguments.json:
+            rows = [vars(c) | {"interval": vars(c.interval())} for c in known.values()]
+            print(json.dumps(rows))
+        else:
+            print(claims.table(known))
+        return 0
+    claim = claims.find(arguments.claim)
+    found = claims.rerun(claim, small=arguments.scale == "small", say=to_stderr)
+    if arguments.json:
+        print(json.dumps(found))
+    else:
+        print(claims.report(found))
+    return 1 if found["verdict"] == "contradicted" else 0
 
 
 if __name__ == "__main__":
