@@ -246,6 +246,15 @@ def same_prompt(z, ids, mask):
     return gathered(log_probs.flatten(0, 1), ids[:, start:].flatten())
 
 
+@wrong("2.2", None, 1, "the end of a row taken for the end of its answer")
+def last_places(z, ids, mask):
+    found = [
+        gathered(z[row, -n - 1 : -1].log_softmax(-1), ids[row, -n:])
+        for row, n in enumerate(mask.sum(1).tolist())
+    ]
+    return torch.cat(found)
+
+
 @honest("2.2")
 def right_answers(z, ids, mask):
     return gathered(z.log_softmax(-1)[:, :-1][mask[:, 1:]], ids[mask])
