@@ -818,8 +818,8 @@ share = tempting / off_label.sum().item()
 print(f"of all mass off the label, at the forks {share:.2f}")
 
 # %% [markdown]
-# So a token with a meaning is 100,000 times likelier than a token of the
-# vocabulary. Yet only a sixth of the probability off the label is at such
+# So a token with a meaning is more than 100,000 times likelier than one from
+# anywhere. Yet only a sixth of the probability off the label is at such
 # forks. The rest is doubts about French, and noise: dark knowledge is not all
 # that is dark.
 #
