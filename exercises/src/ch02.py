@@ -344,8 +344,8 @@ checks.check("2.5", five_numbers)
 #   > that the student is trained on.
 # - **C** Noise: probability that a better trained teacher would not have given
 #   away.
-#   > wrong: Noise would not be largest for the other locales' words. Some
-#   > of it is error, but not all.
+#   > wrong: Noise would not know which locales write alike. Part of what is
+#   > off the answer is noise, but not all of it.
 
 # %% [markdown] question="2.6" part="options"
 # **c.** Which of these does a temperature of 4 leave unchanged?

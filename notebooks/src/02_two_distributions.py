@@ -53,12 +53,14 @@ PROFILE = os.environ.get("KD_PROFILE") or "cpu"
 # %%
 import inspect
 import json
+import textwrap
 from math import exp, log
 
 import matplotlib.pyplot as plt
 import torch
 from kdlib import localize, models, phone, plots
 from kdlib.divergences import forward_kl, tempered_log_softmax
+from kdlib.errors import ModelError
 from kdlib.ledger import Interval
 from kdlib.pairs import PairedExample, View, check_same_tokenizer
 from kdlib.teachers import LiveTeacher
@@ -337,9 +339,8 @@ print([round(value, 4) for value in library.tolist()])
 # %% [markdown]
 # ### Predict
 #
-# At $T = 1$ the teacher gives *es* 0.91, *s* 0.05 and *his* 0.01. In image
-# classification $T = 4$ is a usual choice. What are the three at $T = 4$? And
-# all other tokens together?
+# At $T = 1$ the teacher gives *es* 0.91, *s* 0.05 and *his* 0.01. What are the
+# three at $T = 4$? And all other tokens together?
 
 # %%
 tokens = sorted(firsts, key=lambda i: -target[i])
@@ -349,12 +350,14 @@ for T in (0.5, 1, 2, 4, 8):
     p = tempered_log_softmax(target, T).exp()
     shown = "".join(f"{p[i]:8.4f}" for i in tokens)
     print(f"{T:5}", shown, f"{1 - p[tokens].sum():9.3f}")
+alone = tempered_log_softmax(target[tokens], 4).exp()
+print("T = 4, if there were these four only:", f"{alone[0]:.2f} for 'es'")
 
 # %% [markdown]
-# At $T = 4$ the four tokens with a meaning have 4 % left. The other 1,020 are
-# each unlikely, but there are many of them, and every one was raised. A
-# temperature that is mild for ten classes is wild for a vocabulary. It must be
-# chosen anew for every vocabulary and every teacher.
+# At $T = 4$ the four tokens with a meaning have less than 5 % left. The other
+# 1,020 are each unlikely, but there are many of them. If the four were all
+# that there is, $T = 4$ would be mild. A temperature is no property of a
+# method: it must be chosen anew for every vocabulary and every teacher.
 #
 # ### What stays
 #
@@ -518,6 +521,12 @@ for name, h in unsure.items():
     many = int((h.exp() > 1.5).sum())
     print(f"{name:24} mean H {h.mean():.3f}, above 1.5 tokens: {many}")
 
+starts = [0]
+for example in data.test:
+    starts.append(starts[-1] + len(example.response_ids))
+for name, h in list(unsure.items())[:2]:
+    print(f"{name:24} mean H of first tokens {h[starts[:-1]].mean():.3f}")
+
 # %%
 figure, axes = plt.subplots(figsize=(6.5, 3))
 colours = [plots.BLUE, plots.BLUE, plots.ORANGE]
@@ -535,9 +544,10 @@ axes.legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.6))
 plt.show()
 
 # %% [markdown]
-# This teacher leaves hardly a doubt: one answer is right here, and it knows
-# it. The instruction matters at few tokens, most of all at an answer's first
-# one, where the language is decided. After that the answer so far tells it.
+# This teacher has hardly a doubt: one answer is right here, and it knows it.
+# Without the instruction it is unsure at one token in six. An answer's first
+# token is where it needs the instruction most; later the answer so far tells
+# it a good deal.
 #
 # ### Entropy and temperature
 #
@@ -600,10 +610,13 @@ plt.show()
 #
 # ## 5 · Dark knowledge
 #
-# Hinton, Vinyals and Dean (2015, arXiv:1503.02531) say that a teacher's small
-# probabilities tell how it generalises: a car is rather taken for a truck than
-# for a carrot. Is that so here? Our teacher was trained on six languages. When
-# told French, which wrong answers does it nearly write?
+# A classifier may give a picture of a BMW one chance in a billion of being a
+# garbage truck, and still many more of that than of being a carrot. Hinton
+# called this *dark knowledge* in a talk of that title
+# ([slides](https://www.ttic.edu/dl/dark14.pdf), with Vinyals and Dean). Most
+# of what a model has learned, he said, is in the relative probabilities of
+# very improbable answers. Is that so here? Our teacher was trained on six
+# languages. When told French, which wrong answers does it nearly write?
 #
 # ### Forks
 #
@@ -632,9 +645,6 @@ place, token = fork(french, italian)
 print(f"they part at token {place}: {read([token])!r}")
 
 # %%
-starts = [0]
-for example in data.test:
-    starts.append(starts[-1] + len(example.response_ids))
 told = tempered_log_softmax(everywhere["teacher, reads c and z"], 1.0)
 forks = []
 for number, (datum, example) in enumerate(zip(split, data.test, strict=True)):
@@ -653,7 +663,7 @@ for number, (datum, example) in enumerate(zip(split, data.test, strict=True)):
 print(len(forks), "forks in", len(split), "inputs")
 
 # %% [markdown]
-# The strongest temptations, one for each input:
+# The strongest temptations, one line for each token:
 
 # %%
 same = {}
@@ -665,7 +675,7 @@ for (_, token), found in same.items():
         seen.add(token)
         locales = ", ".join(f["locale"] for f in found)
         p = exp(found[0]["log_p"])
-        print(f"{found[0]['shown']:30}{read([token])!r:10}{p:.3f}  {locales}")
+        print(f"{found[0]['shown']:34}{read([token])!r:10}{p:.3f}  {locales}")
 
 # %% [markdown]
 # These are near misses with a reason, sometimes with two. *s* begins
@@ -728,9 +738,10 @@ for locale in OTHERS:
         shown.append(f"{sum(values) / len(values):9.1f}")
     print(f"{localize.LOCALES[locale]:11}", *shown)
 
-for english in ("4,665.32 euros", "Spanish (Portugal)"):
-    datum = next(d for d in split if d.english == english)
-    print([datum.rendering(locale, "long") for locale in ("fr", *OTHERS)])
+print()
+euros = next(d for d in split if d.english == "4,665.32 euros")
+for locale in ("fr", *OTHERS):
+    print(f"{locale} {euros.rendering(locale, phone.FORM)}")
 
 # %% [markdown]
 # For money and units Polish leads: like French it writes *euro* without a
@@ -762,20 +773,22 @@ def nearly(told, others):
             ids = ids_of(d.rendering(locale, phone.FORM))
             if at := fork(p.response_ids, ids):
                 found[locale].append(row[at].item())
-    return {k: sum(v) / len(v) for k, v in found.items()}
+    return {locale: over_inputs(values) for locale, values in found.items()}
 
 
 # %%
 order = ("de", "pl", "fr", "it", "es", "pt")
-table = torch.full((6, 6), float("nan"))
+table, reach = torch.full((6, 6), float("nan")), 0.0
 for i, told_locale in enumerate(order):
     others = [locale for locale in order if locale != told_locale]
-    for locale, value in nearly(told_locale, others).items():
-        table[i, order.index(locale)] = value
-nearest = table.nan_to_num(-99).argmax(1).tolist()
-for i, j in enumerate(nearest):
-    names = localize.LOCALES[order[i]], localize.LOCALES[order[j]]
-    print(f"told {names[0]:11} nearest {names[1]}")
+    cells = nearly(told_locale, others)
+    for locale, cell in cells.items():
+        table[i, order.index(locale)] = cell.mean
+        reach = max(reach, cell.high - cell.mean)
+    first_two = sorted(others, key=lambda locale: -cells[locale].mean)[:2]
+    names = [localize.LOCALES[x] for x in (told_locale, *first_two)]
+    print(f"told {names[0]:11} nearest {names[1]}, then {names[2]}")
+print(f"each mean is known to within {reach:.1f}")
 
 # %%
 figure, axes = plt.subplots(figsize=(6, 4.4))
@@ -792,7 +805,7 @@ for i in range(6):
             axes.text(j, i, f"{p:.1f}", ha="center", va="center", color=colour)
 axes.set_xlabel("... nearly writes")
 axes.set_ylabel("told to write ...")
-axes.set_title("What the teacher nearly writes, per 10,000", loc="left")
+figure.suptitle("What the teacher nearly writes, per 10,000", x=0.45)
 axes.spines[:].set_visible(False)
 bar = figure.colorbar(image, label="mean log-probability at forks")
 plt.show()
@@ -802,8 +815,8 @@ plt.show()
 # means tempting. Spanish and Portuguese are nearest to each other, Italian is
 # next to Spanish, and German stays apart from all. French and Polish are near,
 # by way of prices: it is no family tree, it is how values are written. All of
-# it lies in the small probabilities of a model that answers 99 % of the inputs
-# right.
+# it lies in the small probabilities of one model (another seed's would differ)
+# that answers 99 % of the French inputs right.
 #
 # How small is small? For comparison, a token of the vocabulary, whichever:
 
@@ -868,6 +881,9 @@ print(f"distilled student minus {answers!r}")
 for measure in ("correlation", "gap", "exact_match", "kl"):
     value = Interval(**found["distilled_minus"][answers][measure])
     print(f"  {measure:12} {value.claim()}")
+gap = Interval(**found["distilled_minus"][answers]["gap"])
+factors = (f"{exp(x):.0f}" for x in (gap.mean, gap.low, gap.high))
+print("the gap as a factor: {} [{}, {}]".format(*factors))
 
 # %% [markdown]
 # (`gap` is the student's log-probability at the forks minus the teacher's, in
@@ -876,7 +892,7 @@ for measure in ("correlation", "gap", "exact_match", "kl"):
 #
 # - Trained on distributions, a student takes over *which* wrong tokens its
 #   teacher finds tempting. Trained on the same teacher's answers it hardly
-#   does, and it gives those tokens e⁴ times less probability than the other.
+#   does, and it gives those tokens far less probability than the other.
 # - No difference is shown in how many answers are right. Here dark knowledge
 #   is transferred, and not needed.
 #
@@ -906,8 +922,9 @@ figure.legend(loc="outside right upper", frameon=False, fontsize=9)
 plt.show()
 
 # %% [markdown]
-# One input, the mean of three seeds. The distilled student was shown the
-# teacher's doubts on *other* inputs, and has the same doubts here.
+# One input, the geometric mean of three seeds. The distilled student was shown
+# the teacher's doubts on *other* inputs, and has similar doubts here. The
+# untrained one gives every token about as much.
 #
 # ## 6 · What a vocabulary does
 #
@@ -963,9 +980,9 @@ for name, extra in columns.items():
 
 # %% [markdown]
 # At $T = 1$ next to nothing: this teacher's logits are high, and zero is low.
-# At $T = 4$ they have their share of the columns, and a little more. But
-# "high" was an accident. Section 2 said that a constant may be added to all
-# real logits. Lower them all by 20, which changes no probability:
+# At $T = 4$ they have their share of the columns. But "high" was an accident.
+# Section 2 said that a constant may be added to all real logits. Lower them
+# all by 20, which changes no probability:
 
 # %%
 for level in (0, -10, -20, -30):
@@ -1003,8 +1020,9 @@ for level in (0, -10, -20):
 
 # %%
 train = localize.load_split("train")
-german = [datum.rendering("de", "long") for datum in train]
-other = models.train_tokenizer(german, len(tokenizer))
+german = [datum.rendering("de", phone.FORM) for datum in train]
+english = [datum.english for datum in train]
+other = models.train_tokenizer(german + english, len(tokenizer))
 print(len(other), "tokens")
 for name, each in (("teacher's", tokenizer), ("other", other)):
     ids = each("espagnol", add_special_tokens=False)["input_ids"]
@@ -1016,8 +1034,12 @@ print(f"column {number}: {read([number])!r} and {other.decode([number])!r}")
 # A loss between these two columns would be finite, would fall, and would mean
 # nothing. `kdlib.pairs` compares the tokenizers' content and refuses:
 
-# %% tags=["raises-exception"]
-check_same_tokenizer(tokenizer, other)
+# %%
+try:
+    check_same_tokenizer(tokenizer, other)
+except ModelError as refused:
+    for line in str(refused).splitlines():
+        print(textwrap.fill(line.strip(), 76))
 
 # %% [markdown]
 # ### Tokens are not strings
@@ -1045,7 +1067,10 @@ for path in ("c ro ate", "c roat", "c roat e", "c roat o", "c roat a"):
     print(f"{path:9} {exp(log_prob(prompt, ids)):.4f}")
 
 # %% [markdown]
-# Little of it is the French word. It is not all Italian either: XXX.
+# Little of it is the French word, and little the Italian or the Spanish one.
+# After a token that it was never taught to write in French the teacher is
+# lost. So a small probability tells what the teacher finds likely *next*, not
+# which answer it has in mind.
 #
 # Token-level losses compare paths, one token at a time. The probability of a
 # string is a sum over all its paths, and nobody computes it. So two models
@@ -1079,7 +1104,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 
 # %% [markdown]
 # In float16 the exponential is infinite, and infinity by infinity is NaN. This
-# is no exotic case: it is every row of a real teacher.
+# is no exotic case: it is nearly every row of a real teacher.
 #
 # ### The log-sum-exp
 #
@@ -1107,7 +1132,7 @@ torch.testing.assert_close(library, torch.tensor(z).double() - lse)
 #
 # The third token has $\log p = -1500.3$. Its $p$ is too small for any format
 # and is stored as 0, whose logarithm is $-\infty$. With float16 that happens
-# soon: numbers below 6e-8 are rounded to 0 or lose their digits.
+# soon: its smallest number above 0 is 6e-8.
 
 # %%
 half = real.to(torch.float16)
@@ -1139,15 +1164,21 @@ for level in (1.0, 1e4, 1e6, 1e8):
 # The log-sum-exp of two logits of a million is a million and 0.693, and
 # float32 has no room for the 0.693. Taking the maximum away first is exact, so
 # nothing is lost. MLX had the first form in its cross-entropy
-# ([mlx#4188](https://github.com/ml-explore/mlx/pull/4188)). Here is `kdlib`'s
-# function, which every divergence begins with:
+# ([mlx#4188](https://github.com/ml-explore/mlx/pull/4188)). Here is the end of
+# `kdlib`'s function, which every divergence begins with:
 
 # %%
-print(inspect.getsource(tempered_log_softmax))
+code = inspect.getsource(tempered_log_softmax).split("dtype = ")[1]
+for line in ("    dtype = " + code).splitlines():
+    if not line.strip().startswith("#"):
+        print(line)
 
 # %% [markdown]
-# The docstring claims something of torch's own function on a CPU. Is it so?
-# Five rows of a vocabulary of 151,936, against float64:
+# Read it aloud. Half precision becomes float32, float64 stays. The temperature
+# divides. On a GPU torch's own function does the rest. On a CPU `kdlib` does
+# it: the maximum goes first, and `torch.sum` adds in pairs. torch's
+# log-softmax adds there one number after another, and 151,936 of them let the
+# rounding grow. Five rows of a vocabulary of that size, against float64:
 
 # %%
 draw = torch.Generator().manual_seed(1)
@@ -1240,35 +1271,43 @@ for name, log_p in (("bfloat16", low), ("float64", exact)):
 # are the teacher's, two per cent too small. Its KL is tiny, and never
 # negative:
 
+
 # %%
-near = 0.98 * all_real
-true_kl = forward_kl(near, all_real)
-
-
-def in_bfloat16(logits):
+def log_softmax_in_bfloat16(logits):
     z = logits.bfloat16()
     return (z - z.logsumexp(-1, keepdim=True)).double()
 
 
-log_p, log_q = in_bfloat16(all_real), in_bfloat16(near)
-low_kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-print(f"true KL: mean {true_kl.mean():.1e}, least {true_kl.min():.0e}")
-print(f"in bfloat16: least {low_kl.min():.2f}, largest {low_kl.max():.2f}")
-print(f"negative: {(low_kl < 0).double().mean():.2f} of the tokens")
-print(f"mean size, in true KLs: {(low_kl.abs().mean() / true_kl.mean()):.0f}")
+near = 0.98 * all_real
+for name, log_softmax in (
+    ("float64", lambda logits: tempered_log_softmax(logits, 1.0)),
+    ("bfloat16", log_softmax_in_bfloat16),
+):
+    log_p, log_q = log_softmax(all_real), log_softmax(near)
+    terms = log_p.exp() * (log_p - log_q)
+    first = terms.gather(1, favourite)[:, 0]
+    kl = terms.sum(-1)
+    negative = (kl < 0).double().mean().item()
+    print(f"{name:9} mean term of the favourite {first.mean():+.5f}")
+    print(f"{'':9} mean of all others together {(kl - first).mean():+.5f}")
+    print(f"{'':9} mean KL {kl.mean():+.6f}, below zero {negative:.2f}")
 
 # %% [markdown]
-# The noise is a hundred times the signal, and a KL below zero tells that
-# something is wrong: it is a cheap alarm. So the rule of this course: logits
-# may come in any format, and every divergence lifts them to float32 *before*
-# the softmax. Then a divergence between equal logits is 0 exactly:
+# The true KL is a small difference between one positive term, the favourite's,
+# and many negative ones. In bfloat16 most of the positive one was rounded
+# away. What is left is several times larger than the truth, and below zero at
+# nearly every token. A negative KL is a cheap alarm.
+#
+# So the rule of this course: logits may come in any format, and every
+# divergence lifts them to float32 *before* the softmax. Then a divergence
+# between equal logits is 0 exactly:
 
 # %%
 arrived = all_real[:1000].bfloat16()
 same = forward_kl(arrived, arrived)
 lifted = forward_kl(near[:1000].bfloat16(), arrived)
 print(f"{same.dtype}, equal logits: {same.abs().max().item()}")
-print(f"near logits, least: {lifted.min().item() > -1e-6}")
+print(f"near logits, none below -1e-6: {lifted.min().item() > -1e-6}")
 
 # %% [markdown]
 # ## Exercises
@@ -1354,9 +1393,9 @@ print(f"near logits, least: {lifted.min().item() > -1e-6}")
 # - A temperature divides logits: it takes a root of the odds, keeps every
 #   rank, and raises the entropy without a dip. In a large vocabulary it soon
 #   feeds the tail.
-# - Dark knowledge is in the small probabilities: here, which languages look
-#   alike. A student of distributions learns it, a student of answers hardly.
-#   Whether that helps is another question.
+# - Dark knowledge is in the small probabilities: here, which languages write
+#   values alike. A student of distributions learns it, a student of answers
+#   hardly. Whether that helps is another question.
 # - A column is a token of one tokenizer. What is no token is dropped before
 #   the softmax.
 # - Logits may arrive in half precision. Log-probabilities are computed in
