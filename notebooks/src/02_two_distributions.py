@@ -13,11 +13,11 @@
 # %% [markdown]
 # ## What you will be able to do
 #
-# 1. Hold $\Pr^t(\cdot \mid c, z)$ and $\Pr^s_\theta(\cdot \mid c', z)$ for one
-#    token, and say what is equal on both sides.
+# 1. Hold the teacher's and the student's distribution for one token, and say
+#    what is equal on both sides.
 # 2. Tell which part of a logit is no part of the distribution.
 # 3. Predict what a temperature changes, and what it leaves.
-# 4. Measure dark knowledge, and say who learns it.
+# 4. Measure dark knowledge, and say which student learns it.
 # 5. Keep padded columns and foreign tokenizers out of a loss.
 # 6. Predict the error of a half-precision format before you meet it.
 #
