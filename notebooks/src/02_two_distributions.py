@@ -7,7 +7,7 @@
 # |---|---|
 # | two CPU cores | 1 minute |
 # | GPU | not needed |
-# | memory | 2 GiB |
+# | memory | 2.5 GiB |
 # | network, account, key | none |
 
 # %% [markdown]
