@@ -439,9 +439,20 @@ def test_a_wrong_vector(answer, bug):
 def test_values_say_how_far_they_are_off():
     assert values.times(4) == "4 times too large"
     assert values.times(0.25) == "4 times too small"
-    assert values.ratio([2.0, 4.0], [1.0, 2.0]) == 2
-    assert values.ratio([2.0, 5.0], [1.0, 2.0]) is None
-    assert values.ratio([0.0], [0.0]) is None
+    assert values.ratio([2.0, 4.0], [1.0, 2.0], 1e-9) == 2
+    assert values.ratio([2.0, 4.001], [1.0, 2.0], 1e-3) == 2
+    assert values.ratio([2.0, 4.001], [1.0, 2.0], 1e-9) is None
+    assert values.ratio([2.0, 5.0], [1.0, 2.0], 1e-3) is None
+    assert values.ratio([0.0], [0.0], 1e-9) is None
+
+
+@pytest.mark.parametrize("factor, said", [(3, "3 times too large"), (-1, "wrong sign")])
+def test_a_constant_factor_is_seen_in_float32_as_well(factor, said):
+    def answer(numbers):
+        return (factor * (numbers**2) * torch.tensor([1, 1 + 3e-7, 1 - 3e-7])).float()
+
+    verdict = SQUARES.grade(answer)
+    assert verdict.bug == "constant factor" and said in verdict.message
 
 
 # --- The three commands ---

@@ -183,7 +183,7 @@ class Code(Question):
             for arguments, shape, _, _ in seen
             for x in values.read(self.truth(*arguments), shape)[0]
         ]
-        return values.ratio(got, wanted)
+        return values.ratio(got, wanted, 2 * max(near for *_, near in seen))
 
     def _input(self, arguments: tuple) -> str:
         pairs = zip(self.parameters, arguments, strict=True)

@@ -61,19 +61,24 @@ def same(got: Sequence[float], wanted: Sequence[float], tolerance: float) -> boo
     )
 
 
-def ratio(got: Sequence[float], wanted: Sequence[float]) -> float | None:
+def ratio(
+    got: Sequence[float], wanted: Sequence[float], tolerance: float
+) -> float | None:
     """The one factor between two values; None where there is none."""
     if len(got) != len(wanted) or not all(wanted) or not all(got):
         return None
     factors = [a / b for a, b in zip(got, wanted, strict=True)]
-    return factors[0] if all(math.isclose(f, factors[0]) for f in factors) else None
+    near = all(math.isclose(f, factors[0], rel_tol=tolerance) for f in factors)
+    return factors[0] if near else None
 
 
 def times(factor: float) -> str:
     """Such as "4 times too large"."""
     if factor < 0:
         return (
-            "of the wrong sign" if factor == -1 else f"{factor:.4g} times the right one"
+            "of the wrong sign"
+            if math.isclose(factor, -1, rel_tol=1e-4)
+            else f"{factor:.4g} times the right one"
         )
     if factor > 1:
         return f"{factor:.4g} times too large"

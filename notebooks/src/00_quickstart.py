@@ -220,7 +220,8 @@ print(unlabelled[NUMBER].rendering(phone.LOCALE, phone.FORM))
 # French counts 0.36 as singular. The teacher's answer is wrong here, yet its
 # distribution holds the right word. A label made from its answer would be
 # plainly wrong; the distribution says "one of these two". This is what
-# Hinton, Vinyals and Dean (2015, arXiv:1503.02531) call **dark knowledge**.
+# Hinton called **dark knowledge** in a talk of that title
+# ([abstract](https://www.ttic.edu/dl/dark14.pdf), with Vinyals and Dean).
 
 # %% [markdown]
 # ## The loss
