@@ -359,11 +359,11 @@ assert (factor > 1).all()
 # %%
 picked = torch.multinomial(
     log_pt[FRENCH].exp(),
-    300,
+    100,
     replacement=True,
     generator=torch.Generator().manual_seed(0),
 )
-count = torch.arange(1, 301)
+count = torch.arange(1, 101)
 figure, axes = plt.subplots(figsize=(6.5, 2.8))
 for value, colour, name in (
     (ratio, plots.GREY, "log-ratio of the written tokens"),
@@ -372,7 +372,7 @@ for value, colour, name in (
     running = value[FRENCH, picked].cumsum(0) / count
     axes.plot(count, running, color=colour, label=name)
 axes.axhline(divergence[FRENCH], color=plots.BLUE, label="sum over all 4,096")
-axes.set_ylim(4.5, 8.5)
+axes.set_ylim(2, 10)
 axes.set_xlabel("answers that the teacher wrote")
 axes.set_ylabel("mean so far, nats")
 axes.set_title("A few answers do what the infeasible sum does", loc="left")
@@ -989,28 +989,25 @@ for name, q in ((names[0], q_teacher), (names[1], q_people)):
     print([round(v, 2) for v in want])
 
 # %%
-figure, panels = plt.subplots(1, 3, figsize=(8.6, 3.3), sharey=True)
+figure, panels = plt.subplots(1, 3, figsize=(8.6, 3.6), sharey=True)
+levels = [0.02, 0.1, 0.25, 0.5, 1, 1.5, 2, 3, 4]
 for axes, (name, loss_of) in zip(panels, objectives.items(), strict=True):
     height = loss_of(grid).view(len(line), len(line)).T
-    levels = [0.02, 0.1, 0.25, 0.5, 1, 1.5, 2, 3, 4]
-    low = height.min().item() if name != names[2] else 0.0
-    axes.contour(
-        line, line, height - low, levels=levels, colors=plots.GREY,
-        linewidths=0.8,
-    )  # fmt: skip
-    axes.plot(*paths[name].T, color=plots.ORANGE, linewidth=2)
-    axes.plot(*begin, "o", color=plots.ORANGE)
-    if name != names[2]:
-        axes.plot(*paths[name][-1], "*", color=plots.BLUE, markersize=15)
-        axes.axvline(log(1.5), color=plots.BLUE, linewidth=0.6, ls=":")
-    axes.set_xlim(-3, 4)
-    axes.set_ylim(-3, 4)
-    axes.set_title(name, fontsize=10)
-    left = f"least {low:.2f}" if name != names[2] else "least: none, 0 far off"
-    axes.text(-2.8, 3.4, left, color=plots.BLUE, fontsize=9)
-    axes.set_xlabel("logit of le, first word")
-panels[0].set_ylabel("logit of mai, second word")
-figure.suptitle("Three losses, three places to end up", fontsize=11)
+    ends = name != names[2]  # the mode's loss has no least value, it nears 0
+    low = height.min().item() if ends else 0.0
+    look = {"levels": levels, "colors": plots.GREY, "linewidths": 0.8}
+    axes.contour(line, line, height - low, **look)
+    axes.plot(*paths[name].T, color=plots.ORANGE, linewidth=2.5)
+    axes.plot(*begin, "o", color=plots.ORANGE, markersize=8)
+    if ends:
+        axes.axvline(log(1.5), color=plots.BLUE, linewidth=0.8, ls=":")
+        axes.plot(*paths[name][-1], "*", color=plots.BLUE, markersize=16)
+    least_loss = f"least loss {low:.2f}" if ends else "no least loss"
+    axes.set_title(f"{name}\n{least_loss}", fontsize=10)
+    axes.set(xlim=(-3, 4), ylim=(-3, 4), aspect="equal")
+    axes.set_xlabel('logit of "le", first word')
+panels[0].set_ylabel('logit of "mai", second word')
+figure.suptitle("Three losses, three places to end up", fontsize=12)
 plt.show()
 
 # %% [markdown]
@@ -1242,7 +1239,7 @@ for name in floors:
     weights, student_of = students(name)
     optimizer = torch.optim.Adam(weights, lr=0.1)
     curves[name] = []
-    for _ in range(300):
+    for _ in range(150):
         loss = exact.sequence_forward_kl(teacher, student_of(weights)).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -1256,11 +1253,11 @@ looks = [(plots.BLUE, "-"), (plots.ORANGE, "-"), (plots.BLUE, "--"),
 for (name, curve), (colour, style) in zip(curves.items(), looks, strict=True):
     axes.plot(curve, style, color=colour, linewidth=1.8)
     axes.axhline(floors[name], color=plots.GREY, linewidth=0.8, zorder=0)
-    axes.text(297, floors[name] + 0.07, f"{name}: {floors[name]:.2f}",
+    axes.text(148, floors[name] + 0.07, f"{name}: {floors[name]:.2f}",
               color=colour, fontsize=9, ha="right")  # fmt: skip
     assert 0 <= curve[-1] - floors[name] < 0.02, name
 axes.set_ylim(-0.1, 4)
-axes.set_xlim(0, 300)
+axes.set_xlim(0, 150)
 axes.set_xlabel("step")
 axes.set_ylabel("sequence-level KL, nats")
 axes.set_title("Every plateau was known before the first step", loc="left")
