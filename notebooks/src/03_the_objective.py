@@ -989,7 +989,7 @@ for name, q in ((names[0], q_teacher), (names[1], q_people)):
     print([round(v, 2) for v in want])
 
 # %%
-figure, panels = plt.subplots(1, 3, figsize=(8.6, 3.6), sharey=True)
+figure, panels = plt.subplots(1, 3, figsize=(8.6, 3.9), sharey=True)
 levels = [0.02, 0.1, 0.25, 0.5, 1, 1.5, 2, 3, 4]
 for axes, (name, loss_of) in zip(panels, objectives.items(), strict=True):
     height = loss_of(grid).view(len(line), len(line)).T
@@ -1004,7 +1004,7 @@ for axes, (name, loss_of) in zip(panels, objectives.items(), strict=True):
         axes.plot(*paths[name][-1], "*", color=plots.BLUE, markersize=16)
     least_loss = f"least loss {low:.2f}" if ends else "no least loss"
     axes.set_title(f"{name}\n{least_loss}", fontsize=10)
-    axes.set(xlim=(-3, 4), ylim=(-3, 4), aspect="equal")
+    axes.set(xlim=(-3, 4), ylim=(-3, 4))
     axes.set_xlabel('logit of "le", first word')
 panels[0].set_ylabel('logit of "mai", second word')
 figure.suptitle("Three losses, three places to end up", fontsize=12)
