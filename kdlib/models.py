@@ -5,6 +5,7 @@
     build(tokenizer, ...)  a new small causal LM (a Llama) for a tokenizer
     first_layers(model, n) a smaller model: a copy of the first n layers
     add_lora(model)        the same model with small adapters, which alone are trained
+    merged(model)          a whole model again, the adapters added to its weights
     save(model, tokenizer, folder)
 
 Nothing here touches the network unless `name` is a hub id that is not on this
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 import os
 import shutil
 import tempfile
@@ -151,16 +153,23 @@ def first_layers(model, n: int):
     return shorter.eval()
 
 
-def add_lora(model, *, rank: int = 16, seed: int = 0):
+def add_lora(model, *, rank: int = 16, alpha: float | None = None, seed: int = 0):
     """The model with low-rank adapters at all its linear layers; they alone train.
 
-    W x becomes W x + 2 B A x, with A [rank, in] random and B [out, rank] zero, so that
-    the model starts as it was (Hu et al. 2021, LoRA, arXiv 2106.09685, section 4.1).
-    The model itself is changed; `save` then writes the adapters alone, and
-    `save(lora.merge_and_unload(), ...)` a whole model without them.
+    W x becomes W x + (alpha / rank) B A x, with A [rank, in] random and B [out, rank]
+    zero, so that the model starts as it was (Hu et al. 2021, LoRA, arXiv 2106.09685,
+    section 4.1). `alpha` is 2 rank unless given. The model itself is changed; `save`
+    then writes the adapters alone, and `save(merged(lora), ...)` a whole model without
+    them.
 
-    Raises ModelError where the package peft is not installed.
+    Raises ArgumentError for a rank or an alpha that cannot work, ModelError where the
+    package peft is not installed.
     """
+    alpha = 2 * rank if alpha is None else alpha
+    if rank < 1:
+        raise ArgumentError(f"lora_rank={rank}", "use 1 or more for lora_rank")
+    if not 0 < alpha < math.inf:
+        raise ArgumentError(f"lora_alpha={alpha}", "use a positive lora_alpha")
     try:
         peft = importlib.import_module("peft")
     except ModuleNotFoundError as error:
@@ -169,13 +178,20 @@ def add_lora(model, *, rank: int = 16, seed: int = 0):
         ) from error
     settings = peft.LoraConfig(
         r=rank,
-        lora_alpha=2 * rank,
+        lora_alpha=alpha,
         target_modules="all-linear",  # without the output head
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return peft.get_peft_model(model, settings)
+
+
+def merged(model):
+    """A LoRA model as one without adapters, which are added to its weights in place:
+    W + (alpha / rank) B A. Any other model as it is.
+    """
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
 def save(model, tokenizer, folder) -> Path:
@@ -279,6 +295,12 @@ def _packaged_smollm2() -> Path | None:
 
 
 def _load_folder(folder: Path, dtype: torch.dtype):
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"the folder {folder} holds adapters (LoRA), not a whole model",
+            "name a whole model: `kdlib train` writes one to student/ beside its "
+            "adapter/; or merge them, as peft's merge_and_unload does",
+        )
     for file in ("config.json", "tokenizer.json"):
         if not (folder / file).is_file():
             raise ModelError(

@@ -4,7 +4,7 @@
     [objective]   divergence = "forward_kl", ..     an Objective
     [data]        source = "examples.jsonl", ..     Data
     [teacher]     model, or cache, or url           TeacherFrom
-    [student]     model, build, first_layers        StudentFrom
+    [student]     model, build, first_layers, ..    StudentFrom
     [validation]  source = "localize:fr:long:test"  Validation (may be left out)
 
 Says what is wanted; train_command.py makes it.
@@ -56,11 +56,16 @@ class StudentFrom:
     """model:        to start from (what models.load takes)
     first_layers: that many layers of it, or of the teacher where no model is named
     build:        options of models.build, for a new model with random weights
+    lora_rank:    train adapters of this rank at its linear layers, and nothing else
+                  (models.add_lora; needs the package peft)
+    lora_alpha:   their scale is lora_alpha / lora_rank, by default 2
     """
 
     model: str | None = None
     first_layers: int | None = None
     build: dict | None = None
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,8 @@ class Plan:
                 f"{path} [teacher] names {' and '.join(named) or 'no teacher'}",
                 "name one of model, cache and url",
             )
-        starts = [n for n in vars(student) if getattr(student, n) is not None]
+        starts = ("model", "first_layers", "build")
+        starts = [n for n in starts if getattr(student, n) is not None]
         if not starts or ("build" in starts and len(starts) > 1):
             raise ArgumentError(
                 f"{path} [student] names {' and '.join(starts) or 'no start'}",
@@ -127,6 +133,16 @@ class Plan:
             )
         if student.build is not None:
             checked_values(models.build, student.build, f"{path} [student] build")
+        if student.build is not None and student.lora_rank is not None:
+            raise ArgumentError(
+                f"{path} [student] lora_rank={student.lora_rank} of a new model",
+                "leave lora_rank out: the random weights themselves must be trained",
+            )
+        if student.lora_alpha is not None and student.lora_rank is None:
+            raise ArgumentError(
+                f"{path} [student] lora_alpha={student.lora_alpha} without lora_rank",
+                "add lora_rank, or leave lora_alpha out",
+            )
         if teacher.server is not None:
             checked_values(RemoteTeacher, teacher.server, f"{path} [teacher] server")
             if "api_key" in teacher.server:

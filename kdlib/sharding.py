@@ -13,6 +13,7 @@ for FSDP, whose second version is torch.distributed.fsdp.fully_shard.
 
 from __future__ import annotations
 
+import importlib
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -82,9 +83,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def whole_model(model, ranks: Ranks):
-    """A copy of a sharded model in one piece, in the CPU's memory of rank 0.
+    """A copy of a sharded model in one piece, in the CPU's memory of rank 0, with its
+    adapters where it has some.
 
-    None on the other ranks. All ranks together.
+    To be saved, not run: what is no weight (angles of rotary positions) is not filled
+    in. None on the other ranks. All ranks together.
     """
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
@@ -98,9 +101,14 @@ def whole_model(model, ranks: Ranks):
         return None
     with torch.device("meta"):  # no memory for weights that are replaced
         copy = AutoModelForCausalLM.from_config(model.config)
+        copy.generation_config = model.generation_config
+        for name, settings in getattr(model, "peft_config", {}).items():
+            peft = importlib.import_module("peft")
+            copy = peft.get_peft_model(copy, settings, adapter_name=name)
+    if ranks.device.type == "cpu":  # offloaded to where they are: no copies yet
+        weights = {name: weight.clone() for name, weight in weights.items()}
     copy.load_state_dict(weights, assign=True)
     copy.tie_weights()
-    copy.generation_config = model.generation_config
     return copy.eval()
 
 

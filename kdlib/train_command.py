@@ -3,7 +3,12 @@
 What it leaves in its folder, beside what run_folder.py names:
 
     student/      as transformers loads it
+    adapter/      of a LoRA run that began with a named model: the adapters alone, for
+                  peft.PeftModel.from_pretrained(that model, "adapter")
     result.json   what the run was, and the student against its teacher
+
+A LoRA student in student/ has its adapters merged into its weights. So that folder is
+complete whatever the run trained: it needs no peft, and no base model beside it.
 
 Under torchrun all processes run this; the folder must be one that all of them see.
 """
@@ -25,7 +30,7 @@ from kdlib.evaluate import evaluate, parameter_count, teacher_reference
 from kdlib.examples import read_examples
 from kdlib.ledger import provenance, write_json
 from kdlib.pairs import EncodedPair, PairCollator
-from kdlib.precision import Precision
+from kdlib.precision import Precision, trained_weights
 from kdlib.run_plan import API_KEY, Plan
 from kdlib.settings import read_table
 from kdlib.sharding import whole_model
@@ -69,10 +74,12 @@ def run(
         torch.manual_seed(plan.train.seed + ranks.rank)
         parts = prepare(plan, ranks)
         size = parameter_count(parts.student)
+        trained = sum(p.numel() for p in trained_weights(parts.student))
         if first:
             say(
-                f"{size:,} parameters, {len(parts.pairs):,} examples, "
-                f"{plan.train.steps:,} steps; {ranks.world} x {ranks.device}, {out}"
+                f"{size:,} parameters, {trained:,} trained, {len(parts.pairs):,} "
+                f"examples, {plan.train.steps:,} steps; {ranks.world} x "
+                f"{ranks.device}, {out}"
             )
         history = train(
             parts.student,
@@ -84,15 +91,14 @@ def run(
             folder=out,
             ranks=ranks,
         )
-        student = whole_model(parts.student, ranks) if shard else parts.student
-        if first:
-            models.save(student, parts.collator.tokenizer, out / "student")
+        save_student(plan, parts, ranks, out)
         facts = {
             "steps": len(history.loss),
             "loss": history.loss[-1],
             "tokens": history.tokens,
             "seconds": round(history.seconds, 1),
             "parameters": size,
+            "trained_parameters": trained,
             "examples": len(parts.pairs),
             "validation": fidelity_report(parts) if parts.validation else None,
             "student": str(out / "student"),
@@ -105,6 +111,20 @@ def run(
         if first:
             write_json(out / "result.json", facts)
         return facts
+
+
+def save_student(plan: Plan, parts: Parts, ranks: Ranks, out: Path) -> None:
+    """Write student/, and adapter/ where it fits a model that others have too.
+
+    All ranks together; rank 0 writes. A LoRA student is merged in place.
+    """
+    start, words = plan.student, parts.collator.tokenizer
+    student = whole_model(parts.student, ranks) if ranks.shard else parts.student
+    if ranks.rank > 0:
+        return
+    if start.lora_rank is not None and start.first_layers is None:
+        models.save(student, words, out / "adapter")
+    models.save(models.merged(student), words, out / "student")
 
 
 def prepare(plan: Plan, ranks: Ranks) -> Parts:
@@ -128,6 +148,13 @@ def prepare(plan: Plan, ranks: Ranks) -> Parts:
     if start.first_layers is not None:
         whole = teacher_model if student is None else student
         student = models.first_layers(whole, start.first_layers)
+    if start.lora_rank is not None:
+        student = models.add_lora(
+            student,
+            rank=start.lora_rank,
+            alpha=start.lora_alpha,
+            seed=plan.train.seed,
+        )
 
     data = plan.data
     collator = PairCollator(

@@ -169,10 +169,14 @@ def set_random_states(states: dict) -> None:
 
 
 def layout(student: torch.nn.Module) -> dict:
-    """What tells one kind of student from another: names and shapes of its weights."""
+    """What tells one kind of student from another: names and shapes of its weights, and
+    the scale of adapters, which no weight shows.
+    """
     shapes = {name: list(x.shape) for name, x in student.state_dict().items()}
     text = json.dumps(shapes, sort_keys=True)
-    return {
+    adapters = getattr(student, "peft_config", {}).values()
+    scales = {"lora_alpha": [getattr(a, "lora_alpha", None) for a in adapters]}
+    return (scales if adapters else {}) | {
         "class": type(student).__name__,
         "parameters": sum(p.numel() for p in student.parameters()),
         "shapes": hashlib.sha256(text.encode()).hexdigest(),

@@ -219,11 +219,12 @@ def test_a_lora_run_resumes(peft, tokenizer, teacher, collator, pairs, tmp_path)
     assert torch.equal(*ends)
 
 
+@pytest.mark.parametrize(("options", "alpha"), [({}, 8), ({"alpha": 20.0}, 20)])
 def test_a_lora_student_is_saved_as_adapters_or_merged(
-    peft, tokenizer, teacher, collator, pairs, tmp_path
+    peft, tokenizer, teacher, collator, pairs, tmp_path, options, alpha
 ):
     base = models.save(small(tokenizer), tokenizer, tmp_path / "base")
-    student = models.add_lora(models.load(base)[0], rank=4)
+    student = models.add_lora(models.load(base)[0], rank=4, **options)
     train(student, pairs, collator, REVERSE, CONFIG, teacher=teacher)
     batch = collator.collate(pairs)
     with torch.no_grad():
@@ -239,7 +240,14 @@ def test_a_lora_student_is_saved_as_adapters_or_merged(
     with torch.no_grad():
         assert torch.equal(student_logits(again, batch), wanted)
 
-    folder = models.save(student.merge_and_unload(), tokenizer, tmp_path / "merged")
+    layer = student.get_base_model().model.layers[0].mlp.up_proj
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    by_hand = layer.base_layer.weight + alpha / 4 * b @ a
+    whole = models.merged(student)
+    merged_weight = whole.model.layers[0].mlp.up_proj.weight
+    torch.testing.assert_close(merged_weight, by_hand)
+    assert models.merged(whole) is whole
+    folder = models.save(whole, tokenizer, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert not any("lora" in name for name in merged.state_dict())
     with torch.no_grad():

@@ -206,6 +206,68 @@ def test_every_start_of_a_student(write, tmp_path, teacher):
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
 
 
+@pytest.fixture
+def peft():
+    return pytest.importorskip("peft", reason="LoRA students need peft")
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_lora_student_is_left_merged_and_as_adapters(
+    peft, write, data, tmp_path, teacher, shard
+):
+    base = models.save(models.first_layers(teacher[0], 2), teacher[1], tmp_path / "two")
+    start = {"model": base, "lora_rank": 2, "lora_alpha": 6}
+    rate = {"steps": 4, "batch_size": 4, "learning_rate": 0.03}
+    file = write(student=start, validation={"source": data}, train=rate)
+    facts = train_command.run(file, tmp_path / "out", shard=shard)
+    # Seven linear layers a block; A and B of each have in + out columns of rank 2.
+    block = models.load(base)[0].model.layers[0]
+    sizes = [sum(w.shape) for w in block.parameters() if w.ndim == 2]
+    assert len(sizes) == 7
+    assert facts["trained_parameters"] == 2 * 2 * sum(sizes)
+
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "student")
+    before = models.load(base)[0]
+    assert student.state_dict().keys() == before.state_dict().keys()
+    examples = localize.examples("test", locales=["fr"], formats=["long"], limit=12)
+    batch = PairCollator(teacher[1])(examples)
+    adapter = peft.PeftModel.from_pretrained(before, tmp_path / "out" / "adapter")
+    assert adapter.peft_config["default"].lora_alpha == 6
+    reference = teacher_reference(LiveTeacher(teacher[0]), [batch])
+    found = [evaluate(m, [batch], reference).kl for m in (student, adapter.eval())]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    # The file says that of the trained student, not of its base.
+    said = facts["validation"]["student"]["kl"]
+    then = evaluate(models.load(base)[0], [batch], reference).kl
+    assert said == pytest.approx(found[0], rel=1e-4)
+    assert abs(then - said) > 0.01 * said
+
+    with pytest.raises(ModelError, match="adapter holds adapters(.|\n)*student/"):
+        models.load(tmp_path / "out" / "adapter")
+    file = write(student={**start, "lora_alpha": 7}, train=rate)
+    with pytest.raises(ArgumentError, match="lora_alpha was .6., now .7."):
+        train_command.run(file, tmp_path / "out", shard=shard)
+
+
+def test_adapters_without_a_base_are_not_left(peft, write, tmp_path):
+    """Others have the whole teacher, and not its first layers alone."""
+    file = write(student={"first_layers": 1, "lora_rank": 2})
+    train_command.run(file, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"checkpoints", "metrics.jsonl", "result.json", "student"}
+    assert models.load(tmp_path / "out" / "student")[0].config.num_hidden_layers == 1
+
+
+def test_lora_without_peft_is_an_error_before_the_run(
+    write, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    file = write(student={"model": "teacher", "lora_rank": 2})
+    assert main(["train", file, "--out", str(tmp_path / "out")]) == 2
+    assert "pip install peft" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_lengths_and_a_server_s_options_arrive(write, data, monkeypatch):
     monkeypatch.setenv("KDLIB_API_KEY", "a key")
     lengths = {"teacher_max_length": 90, "student_max_length": 40}
@@ -328,6 +390,15 @@ REFUSED = [
         {"teacher": {"cache": "c"}, "student": {"first_layers": 1}},
         "first_layers=1 of no model",
     ),
+    ({"student": {"model": "teacher", "lora_rank": 0}}, "lora_rank=0"),
+    ({"student": {"model": "teacher", "lora_rank": 2.5}}, "lora_rank=2.5"),
+    ({"student": {"model": "teacher", "lora_alpha": 2.0}}, "without lora_rank"),
+    (
+        {"student": {"model": "teacher", "lora_rank": 2, "lora_alpha": -1}},
+        "lora_alpha=-1",
+    ),
+    ({"student": {"lora_rank": 2}}, r"\[student\] names no start"),
+    ({"student": {"build": BUILD, "lora_rank": 2}}, "lora_rank=2 of a new model"),
     ({"validation": {}}, r"\[validation\]: setting 'source' is missing"),
     (
         {
