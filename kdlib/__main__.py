@@ -29,6 +29,16 @@ SERVER_OPTIONS = (
     ("timeout", float, "seconds to wait for an answer"),
     ("retries", int, "how often to ask again"),
 )
+# Names as evaluate_command.run has them.
+EVALUATE_OPTIONS = (
+    ("teacher", str, "a model's folder or name, or cached targets for these data"),
+    ("tokenizer", str, "of cached targets, where it is not the student's"),
+    ("teacher_max_length", int, "tokens of the teacher's prompt and the response"),
+    ("student_max_length", int, "tokens of the student's prompt and the response"),
+    ("truncate_context", str, 'the end that is cut: "left", "right" or "never"'),
+    ("precision", str, 'of the teacher: "auto", "fp32", "bf16" or "fp16"'),
+    ("batch_size", int, "examples at a time"),
+)
 INTERRUPTED = "Stopped. What was finished is kept; the same command goes on."
 
 
@@ -68,14 +78,21 @@ def main(argv: list[str] | None = None) -> int:
     cache.add_argument("teacher", help="a model's folder or name, or a server's URL")
     cache.add_argument("data", help="a JSONL file, or localize:LOCALE:FORM:SPLIT")
     cache.add_argument("out", help="folder of the cache")
-    for name, kind, help in CACHE_OPTIONS:
-        flag = "--" + name.replace("_", "-")
-        cache.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=help)
+    add_options(cache, CACHE_OPTIONS)
     for name, kind, help in SERVER_OPTIONS:
         flag = "--server-" + name.replace("_", "-")
         cache.add_argument(flag, type=kind, help=f"for a URL: {help}")
     cache.add_argument("--json", action="store_true", help="JSON on stdout")
     cache.set_defaults(run=build_cache)
+
+    judge = commands.add_parser(
+        "evaluate", help="compare a saved student with the answers and with its teacher"
+    )
+    judge.add_argument("student", help="the folder student/ of a run; any model")
+    judge.add_argument("data", help="a JSONL file, or localize:LOCALE:FORM:SPLIT")
+    add_options(judge, EVALUATE_OPTIONS)
+    judge.add_argument("--json", action="store_true", help="JSON on stdout")
+    judge.set_defaults(run=evaluate)
 
     law = commands.add_parser(
         "laws", help="hold every loss to the laws of a distillation loss"
@@ -119,6 +136,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n{str(stop) or INTERRUPTED}", file=sys.stderr)
         # The shell's convention; training says which signal it was.
         return 128 + getattr(stop, "signal", signal.SIGINT)
+
+
+def add_options(parser, options) -> None:
+    """Flags that are left out of the result where they are not given."""
+    for name, kind, help in options:
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=help)
 
 
 def quickstart(arguments) -> None:
@@ -169,6 +193,17 @@ def build_cache(arguments) -> None:
     )
     if arguments.json:
         print(json.dumps(manifest))
+
+
+def evaluate(arguments) -> None:
+    from kdlib import evaluate_command, models
+    from kdlib.evaluate import table
+
+    models.quiet_transformers()
+    given = vars(arguments)
+    options = {name: given[name] for name, *_ in EVALUATE_OPTIONS if name in given}
+    facts = evaluate_command.run(arguments.student, arguments.data, **options)
+    print(json.dumps(facts) if arguments.json else table(facts["validation"]))
 
 
 def to_stderr(line: str) -> None:

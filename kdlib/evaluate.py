@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,12 +18,13 @@ import torch
 
 from kdlib.divergences import forward_kl
 from kdlib.errors import ArgumentError
-from kdlib.pairs import PairedBatch
+from kdlib.pairs import EncodedPair, PairCollator, PairedBatch
 from kdlib.sampling import complete
-from kdlib.teachers import LiveTeacher
+from kdlib.sparse import SparseTargets, sparse_divergence
+from kdlib.teachers import LiveTeacher, Teacher
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int64
     from torch import Tensor
 
 SIDES = ("student", "teacher")
@@ -37,11 +38,14 @@ class Fidelity:
     agreement:   share of response tokens where both have the same argmax
     kl:          KL(teacher || model) per response token, in nats
     hits:        for each example, in order, whether it was answered exactly
+
+    agreement and kl are None where there is no teacher, agreement also for sampled
+    targets, which do not tell the teacher's argmax.
     """
 
     exact_match: float
-    agreement: float
-    kl: float
+    agreement: float | None
+    kl: float | None
     n_tokens: int
     hits: tuple[bool, ...]
 
@@ -50,44 +54,148 @@ class Fidelity:
 def evaluate(
     model,
     batches: Sequence[PairedBatch],
-    teacher_logits: Sequence[Float[Tensor, "N V"]],
+    targets: Sequence[Float[Tensor, "N V"] | SparseTargets | None],
     *,
     side: str = "student",
 ) -> Fidelity:
     """Compare a model, reading one side's inputs, with the teacher's distributions.
 
-    batches:        the evaluation set
-    teacher_logits: one tensor a batch, from `teacher_reference`
-    side:           whose view the model reads: "student" (x') or "teacher" (x)
+    batches: the evaluation set
+    targets: one for each batch: logits (from `teacher_reference`), SparseTargets, or
+             None for no teacher. Sparse ones give the KL of their own kind (sparse.py),
+             at their own temperature
+    side:    whose view the model reads: "student" (x') or "teacher" (x)
 
     Raises ArgumentError for an unknown side, no batch, or lists of unequal length.
     """
     if side not in SIDES:
         raise ArgumentError(f"side={side!r}", f"use one of {', '.join(SIDES)}")
-    if not batches or len(batches) != len(teacher_logits):
+    if not batches or len(batches) != len(targets):
         raise ArgumentError(
-            f"{len(batches)} batches, {len(teacher_logits)} teacher_logits",
+            f"{len(batches)} batches, {len(targets)} targets",
             "give at least one batch, and its teacher_reference",
         )
-    hits: list[bool] = []
-    agreeing, kl, tokens = 0, 0.0, 0
-    for batch, reference in zip(batches, teacher_logits, strict=True):
-        logits = response_logits(model, batch, side).cpu()
-        wrong = logits.argmax(-1) != batch.response_ids.cpu()
-        missed = torch.bincount(
-            batch.row_ids.cpu(), wrong.double(), minlength=len(batch.example_ids)
-        )
-        hits += (missed == 0).tolist()
-        agreeing += int((logits.argmax(-1) == reference.argmax(-1)).sum())
-        kl += forward_kl(logits, reference).double().sum().item()
-        tokens += len(logits)
+    return together(
+        [
+            _compared(response_logits(model, batch, side).cpu(), target, batch)
+            for batch, target in zip(batches, targets, strict=True)
+        ]
+    )
+
+
+def together(parts: Sequence[Fidelity]) -> Fidelity:
+    """One Fidelity of several parts of an evaluation set, with means over tokens."""
+    tokens = sum(part.n_tokens for part in parts)
+    hits = [hit for part in parts for hit in part.hits]
+    agreement = kl = None
+    if all(part.agreement is not None for part in parts):
+        agreement = sum(round(p.agreement * p.n_tokens) for p in parts) / tokens
+    if all(part.kl is not None for part in parts):
+        kl = sum(part.kl * part.n_tokens for part in parts) / tokens
     return Fidelity(
         exact_match=sum(hits) / len(hits),
-        agreement=agreeing / tokens,
-        kl=kl / tokens,
+        agreement=agreement,
+        kl=kl,
         n_tokens=tokens,
         hits=tuple(hits),
     )
+
+
+def _compared(logits: Float[Tensor, "N V"], targets, batch: PairedBatch) -> Fidelity:
+    """What a model says about one batch, against the answers and the targets."""
+    agreement = kl = None
+    if isinstance(targets, SparseTargets):
+        targets = targets.to(logits.device)
+        kl = sparse_divergence(logits, targets, temperature=targets.temperature)
+    elif targets is not None:
+        kl = forward_kl(logits, targets)
+    if targets is not None and (likeliest := _likeliest(targets)) is not None:
+        # Padding of the longer vocabulary is no token of either.
+        vocab = _vocabulary(targets) or logits.shape[-1]
+        same = logits[:, :vocab].argmax(-1) == likeliest
+        agreement = same.double().mean().item()
+    hits = _hits(logits.argmax(-1), batch)
+    kl = None if kl is None else kl.double().mean().item()
+    return Fidelity(sum(hits) / len(hits), agreement, kl, len(logits), hits)
+
+
+def _likeliest(targets) -> Int64[Tensor, " N"] | None:
+    """The teacher's argmax; None for sampled targets, which are in no order."""
+    if not isinstance(targets, SparseTargets):
+        return targets.argmax(-1)
+    return None if targets.weights is not None else targets.indices[:, 0].long()
+
+
+def _vocabulary(targets) -> int | None:
+    if isinstance(targets, SparseTargets):
+        return targets.vocab_size
+    return targets.shape[-1]
+
+
+def _hits(said: Int64[Tensor, " N"], batch: PairedBatch) -> tuple[bool, ...]:
+    """Whether each row's response is token for token what was said."""
+    wrong = said.cpu() != batch.response_ids.cpu()
+    missed = torch.bincount(
+        batch.row_ids.cpu(), wrong.double(), minlength=len(batch.example_ids)
+    )
+    return tuple((missed == 0).tolist())
+
+
+def fidelity_report(
+    student,
+    teacher: Teacher | None,
+    collator: PairCollator,
+    pairs: Sequence[EncodedPair],
+    *,
+    batch_size: int = 32,
+) -> dict[str, dict]:
+    """The student (reading x') and its teacher (reading x) on a set of examples.
+
+    {"student": row, "teacher": row}, a row being exact_match, agreement and kl of
+    Fidelity, examples, and parameters (None where the teacher is not in memory).
+    Without a teacher there is the student's row alone, and no agreement and no kl.
+
+    A batch at a time: the teacher's logits for a whole set may not fit into memory.
+    """
+    scores: dict[str, list[Fidelity]] = {"student": [], "teacher": []}
+    for start in range(0, len(pairs), batch_size):
+        batch, target = collator.collate(pairs[start : start + batch_size]), None
+        if teacher is not None:
+            target = teacher.targets(batch).to("cpu")
+            if (likeliest := _likeliest(target)) is not None:
+                hits, n = _hits(likeliest, batch), len(likeliest)
+                itself = Fidelity(sum(hits) / len(hits), 1.0, 0.0, n, hits)
+                scores["teacher"].append(itself)
+        scores["student"].append(evaluate(student, [batch], [target]))
+    sides = {"student": student, "teacher": getattr(teacher, "model", None)}
+    report = {}
+    for side, parts in scores.items():
+        if parts:
+            whole = together(parts)
+            report[side] = {
+                "exact_match": whole.exact_match,
+                "agreement": whole.agreement,
+                "kl": whole.kl,
+                "examples": len(whole.hits),
+                "parameters": sides[side] and parameter_count(sides[side]),
+            }
+    return report
+
+
+def table(report: Mapping[str, Mapping]) -> str:
+    """A fidelity report as text for a terminal."""
+
+    def number(value, wide: int) -> str:
+        return f"{'-' if value is None else f'{value:.3f}':>{wide}}"
+
+    lines = [f"{'':10}{'exact':>7}{'agree':>7}{'KL':>8}{'parameters':>15}"]
+    for side, row in report.items():
+        size = "-" if row["parameters"] is None else f"{row['parameters']:,}"
+        lines.append(
+            f"{side:10}{number(row['exact_match'], 7)}{number(row['agreement'], 7)}"
+            f"{number(row['kl'], 8)}{size:>15}   {row['examples']:,} examples"
+        )
+    return "\n".join(lines)
 
 
 def teacher_reference(

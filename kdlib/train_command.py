@@ -26,7 +26,7 @@ import torch
 from kdlib import __version__, models
 from kdlib.build_cache import OWN_DTYPES
 from kdlib.distributed import Ranks, processes
-from kdlib.evaluate import evaluate, parameter_count, teacher_reference
+from kdlib.evaluate import fidelity_report, parameter_count, table
 from kdlib.examples import read_examples
 from kdlib.ledger import provenance, write_json
 from kdlib.pairs import EncodedPair, PairCollator
@@ -100,7 +100,7 @@ def run(
             "parameters": size,
             "trained_parameters": trained,
             "examples": len(parts.pairs),
-            "validation": fidelity_report(parts) if parts.validation else None,
+            "validation": validated(parts),
             "student": str(out / "student"),
             "ranks": ranks.world,
             "shard": shard,
@@ -193,34 +193,12 @@ def encoded(collator: PairCollator, source: str) -> list[EncodedPair]:
     return [collator.encode(e, i) for i, e in enumerate(read_examples(source))]
 
 
-def fidelity_report(parts: Parts, batch_size: int = 32) -> dict[str, dict]:
-    """evaluate.Fidelity of the student (on x') and of the teacher (on x).
-
-    A batch at a time: the teacher's logits for a whole validation set may not fit.
-    """
-    sides = {"student": parts.student, "teacher": parts.teacher.model}
-    found: dict[str, list] = {side: [] for side in sides}
-    for start in range(0, len(parts.validation), batch_size):
-        batch = parts.collator.collate(parts.validation[start : start + batch_size])
-        reference = teacher_reference(parts.teacher, [batch])
-        for side, model in sides.items():
-            found[side].append(evaluate(model, [batch], reference, side=side))
-
-    def mean(side: str, name: str) -> float:
-        """Over tokens."""
-        tokens = sum(part.n_tokens for part in found[side])
-        return sum(getattr(p, name) * p.n_tokens for p in found[side]) / tokens
-
-    report = {}
-    for side, scores in found.items():
-        hits = [hit for part in scores for hit in part.hits]
-        report[side] = {
-            "exact_match": sum(hits) / len(hits),
-            "agreement": mean(side, "agreement"),
-            "kl": mean(side, "kl"),
-            "examples": len(hits),
-        }
-    return report
+def validated(parts: Parts) -> dict[str, dict] | None:
+    if not parts.validation:
+        return None
+    return fidelity_report(
+        parts.student, parts.teacher, parts.collator, parts.validation
+    )
 
 
 def report(facts: Mapping) -> str:
@@ -230,10 +208,5 @@ def report(facts: Mapping) -> str:
         f"{facts['seconds']:.0f} s; the last loss is {facts['loss']:.4f}"
     ]
     if facts["validation"]:
-        lines += ["", f"{'':10}{'exact':>7}{'agree':>7}{'KL':>8}"]
-        for side, row in facts["validation"].items():
-            lines.append(
-                f"{side:10}{row['exact_match']:7.3f}{row['agreement']:7.3f}"
-                f"{row['kl']:8.3f}   {row['examples']:,} examples"
-            )
+        lines += ["", table(facts["validation"])]
     return "\n".join([*lines, "", f"Student: {facts['student']}"])

@@ -106,16 +106,6 @@ def test_a_run_from_file_to_verdict(write, data, tmp_path, teacher, capsys):
     assert "exact" in capsys.readouterr().out
 
 
-def test_the_report_s_means_are_over_tokens(write, data, teacher, monkeypatch):
-    """Batches of unequal length must not weigh alike."""
-    plan = Plan.read(write(validation={"source": data}))
-    parts = train_command.prepare(plan, Ranks(device=torch.device("cpu")))
-    whole = train_command.fidelity_report(parts, batch_size=12)
-    split = train_command.fidelity_report(parts, batch_size=5)
-    for name, value in whole["student"].items():
-        assert split["student"][name] == pytest.approx(value, abs=1e-6)
-
-
 def test_ctrl_c_saves_and_the_same_command_goes_on(
     write, tmp_path, monkeypatch, capsys
 ):
