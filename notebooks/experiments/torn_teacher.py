@@ -1,0 +1,263 @@
+"""Students of a teacher that is torn between six languages, by divergence.
+
+    OMP_NUM_THREADS=1 python notebooks/experiments/torn_teacher.py [--seeds 5]
+
+Writes notebooks/results/torn_teacher.json after every run, and goes on from it. (For a
+short trial: `--share 0.1 --out FILE`.) The teacher reads one worked example that is the
+same in all six languages, then a list of countries or languages. It answers in one of
+the six. The student reads the list alone; as the worked example never changes, it could
+match the teacher.
+
+Every student reads the same answers, which the teacher wrote at temperature 1, two for
+each input. Only the loss on them differs:
+
+    hard labels, equal tokens   cross-entropy with the answers themselves
+    forward KL, JSD, reverse KL the divergence from the teacher's distributions
+
+These students start as the teacher's first two layers, half of it. Two rows more start
+from random weights, with the quickstart's smaller student. A seed fixes the order of
+the examples, and random weights. There is no row of equal FLOPs: the teacher computes
+its distributions in any case while it writes.
+
+A student is judged by exact numbers, with nothing sampled, from the probability of each
+of the right answers to a test input:
+
+    valid      their sum: how likely a sampled answer is right in some language
+    languages  exp of the entropy of their shares: how many languages are kept
+    forward_kl, reverse_kl   per token, on answers that the teacher wrote for the tests
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from kdlib import localize, models, phone
+from kdlib.divergences import forward_kl, reverse_kl
+from kdlib.evaluate import parameter_count
+from kdlib.ledger import mean_interval, provenance, write_json
+from kdlib.objective import Objective
+from kdlib.pairs import EncodedPair, PairCollator, PairedExample
+from kdlib.sampling import complete
+from kdlib.teachers import LiveTeacher
+from kdlib.train import train
+
+RESULT = Path(__file__).parents[1] / "results" / "torn_teacher.json"
+CONTEXT = "12:10:05 PM => 12:10:05"
+ANSWERS = 2
+LAYERS, RATE = 2, 1e-3
+STEPS, SCRATCH_STEPS = 250, 400
+TEACHER, HALF, SMALL = "teacher", "untrained, first layers", "untrained, random"
+HARD, FORWARD, JSD = "hard labels, equal tokens", "forward KL", "JSD, beta 0.5"
+REVERSE = "reverse KL"
+SCRATCH_FORWARD = "from scratch, forward KL"
+SCRATCH_REVERSE = "from scratch, reverse KL"
+OBJECTIVES = {
+    HARD: Objective(hard_weight=1.0),
+    FORWARD: Objective("forward_kl"),
+    JSD: Objective("generalized_jsd", divergence_params={"beta": 0.5}),
+    REVERSE: Objective("reverse_kl"),
+    SCRATCH_FORWARD: Objective("forward_kl"),
+    SCRATCH_REVERSE: Objective("reverse_kl"),
+}
+SCRATCH = (SCRATCH_FORWARD, SCRATCH_REVERSE)
+MEASURES = ("valid", "languages", "forward_kl", "reverse_kl")
+DIFFERENCES = (
+    (REVERSE, FORWARD),
+    (JSD, FORWARD),
+    (JSD, REVERSE),
+    (FORWARD, HARD),
+    (SCRATCH_REVERSE, SCRATCH_FORWARD),
+)
+
+
+class Kept:
+    """A teacher whose logits were computed once, example by example."""
+
+    def __init__(self, teacher: LiveTeacher, pairs, collator):
+        self.logits = {}
+        for i in range(0, len(pairs), 128):
+            batch = collator.collate(pairs[i : i + 128])
+            found = teacher.targets(batch)
+            for row, number in enumerate(batch.example_ids.tolist()):
+                self.logits[number] = found[batch.row_ids == row].clone()
+
+    def targets(self, batch):
+        return torch.cat([self.logits[n] for n in batch.example_ids.tolist()])
+
+
+class Torn:
+    """The teacher, what it wrote, and the six right answers to every test input."""
+
+    def __init__(self):
+        self.model, self.tokenizer = models.load("teacher")
+        self.collator = PairCollator(
+            self.tokenizer, teacher_max_length=160, student_max_length=128
+        )
+        self.written = self.write("unlabelled")
+        self.teacher = Kept(LiveTeacher(self.model), self.written, self.collator)
+        self.heard = self.write("test")
+        self.heard_teacher = Kept(LiveTeacher(self.model), self.heard, self.collator)
+        self.right = [
+            self.encode(datum.english, answer, number)
+            for number, datum in enumerate(localize.load_split("test", kinds=["list"]))
+            for answer in dict.fromkeys(datum.renderings)
+        ]
+
+    def encode(self, english: str, answer: str, number: int) -> EncodedPair:
+        return self.collator.encode(PairedExample(english, answer, CONTEXT), number)
+
+    def write(self, split: str) -> list[EncodedPair]:
+        """The teacher's own answers, by token, with a number for each."""
+        data = localize.load_split(split, kinds=["list"])
+        asked = [self.encode(d.english, "?", 0) for d in data for _ in range(ANSWERS)]
+        answers = complete(
+            self.model,
+            self.tokenizer,
+            [pair.teacher_prompt_ids for pair in asked],
+            temperature=1.0,
+            seeds=range(len(asked)),
+            keep_end=True,
+        )
+        return [
+            replace(pair, example_id=number, response_ids=ids)
+            for number, (pair, ids) in enumerate(zip(asked, answers, strict=True))
+        ]
+
+
+@torch.no_grad()
+def measured(model, torn: Torn, side: str = "student") -> dict[str, float]:
+    def logits(batch):
+        view = getattr(batch, side)
+        mask = view.attention_mask.long()
+        return view.select(model(input_ids=view.input_ids, attention_mask=mask).logits)
+
+    model.eval()
+    batch = torn.collator.collate(torn.right)
+    log_p = logits(batch).double().log_softmax(-1)
+    log_p = log_p.gather(-1, batch.response_ids[:, None])[:, 0]
+    chance = torch.zeros(len(torn.right), dtype=torch.float64)
+    chance = chance.index_add(0, batch.row_ids, log_p).exp()
+    tests = batch.example_ids
+    valid = torch.zeros(int(tests.max()) + 1, dtype=torch.float64)
+    valid = valid.index_add(0, tests, chance)
+    share = chance / valid[tests]
+    entropy = torch.zeros_like(valid).index_add(0, tests, -torch.xlogy(share, share))
+    heard = torn.collator.collate(torn.heard)
+    pair = logits(heard), torn.heard_teacher.targets(heard)
+    return {
+        "valid": valid.mean().item(),
+        "languages": entropy.exp().mean().item(),
+        "forward_kl": forward_kl(*pair).mean().item(),
+        "reverse_kl": reverse_kl(*pair).mean().item(),
+    }
+
+
+def start(torn: Torn, row: str, seed: int):
+    if row in (SMALL, *SCRATCH):
+        return models.build(torn.tokenizer, **phone.STUDENT, seed=seed)
+    return models.first_layers(torn.model, LAYERS)
+
+
+def config(row: str, seed: int, share: float):
+    if row in SCRATCH:
+        found = replace(phone.CONFIG, steps=SCRATCH_STEPS)
+    else:
+        found = replace(phone.CONFIG, steps=STEPS, learning_rate=RATE)
+    return replace(found, steps=max(1, round(share * found.steps)), seed=seed)
+
+
+def trained(torn: Torn, row: str, seed: int, share: float):
+    student, objective = start(torn, row, seed), OBJECTIVES[row]
+    teacher = None if objective.hard_weight == 1 else torn.teacher
+    settings = config(row, seed, share)
+    train(student, torn.written, torn.collator, objective, settings, teacher=teacher)
+    return student
+
+
+def summary(runs: list[dict], seeds: int) -> dict:
+    """Intervals over the seeds, once every row has all of them, at least two."""
+    values = {
+        row: {m: [r[m] for r in runs if r["row"] == row] for m in MEASURES}
+        for row in OBJECTIVES
+    }
+    if seeds < 2 or any(len(found["valid"]) != seeds for found in values.values()):
+        return {}
+
+    def minus(ours, theirs, m):
+        pairs = zip(values[ours][m], values[theirs][m], strict=True)
+        return vars(mean_interval([a - b for a, b in pairs]))
+
+    return {
+        "rows": {
+            row: {m: vars(mean_interval(found)) for m, found in by_measure.items()}
+            for row, by_measure in values.items()
+        },
+        "minus": {
+            f"{ours} - {theirs}": {m: minus(ours, theirs, m) for m in MEASURES}
+            for ours, theirs in DIFFERENCES
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--share", type=float, default=1.0, help="of the steps")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    models.quiet_transformers()
+    torn = Torn()
+    fixed = {TEACHER: measured(torn.model, torn, "teacher")}
+    fixed |= {row: measured(start(torn, row, 0), torn) for row in (HALF, SMALL)}
+    earlier = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    runs, before = earlier.get("runs", []), earlier.get("core_minutes", 0.0)
+
+    def save() -> None:
+        result = {
+            **provenance("python notebooks/experiments/torn_teacher.py"),
+            "core_minutes": round(before + time.process_time() / 60, 1),
+            "context": CONTEXT,
+            "parameters": {
+                TEACHER: parameter_count(torn.model),
+                HALF: parameter_count(start(torn, HALF, 0)),
+                SMALL: parameter_count(start(torn, SMALL, 0)),
+            },
+            "settings": {
+                row: {
+                    "steps": config(row, 0, arguments.share).steps,
+                    "learning_rate": config(row, 0, 1).learning_rate,
+                }
+                for row in OBJECTIVES
+            },
+            "batch_size": phone.CONFIG.batch_size,
+            "answers": len(torn.written),
+            "test": len(set(pair.example_id for pair in torn.right)),
+            "seeds": arguments.seeds,
+            "fixed": fixed,
+            "runs": runs,
+            **summary(runs, arguments.seeds),
+        }
+        write_json(arguments.out, result)
+
+    save()
+    done = {(run["row"], run["seed"]) for run in runs}
+    for seed in range(arguments.seeds):
+        for row in OBJECTIVES:
+            if (row, seed) in done:
+                continue
+            found = measured(trained(torn, row, seed, arguments.share), torn)
+            runs.append({"row": row, "seed": seed, **found})
+            save()
+            shown = ", ".join(f"{m} {found[m]:.3f}" for m in MEASURES)
+            print(f"seed {seed}, {row}: {shown}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
