@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import warnings
+from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 
@@ -434,6 +435,31 @@ def test_a_vector_may_be_a_tensor_an_array_or_a_list(answer):
 def test_a_wrong_vector(answer, bug):
     verdict = SQUARES.grade(answer)
     assert (verdict.outcome, verdict.bug) == ("wrong", bug)
+
+
+def test_what_rounding_leaves_of_a_zero_passes_where_the_question_says_so():
+    wanted = lambda numbers: [x - 1.0 for x in numbers]  # noqa: E731
+    strict = frame.Code(
+        "9.2",
+        "less_one",
+        ("numbers",),
+        SQUARES.tests,
+        wanted,
+        (frame.Bug("zero", "all 0.", lambda x: [0.0] * 3),),
+    )
+    lenient = replace(strict, zero=1e-9)
+
+    def rounded(numbers):
+        return [1e-16, 1.0, 2.0]
+
+    def nothing(numbers):
+        return [1e-16, -1e-16, 0.0]
+
+    assert strict.grade(rounded).outcome == "wrong"
+    assert lenient.grade(rounded).outcome == "right"
+    assert strict.grade(nothing).bug is None
+    assert lenient.grade(nothing).bug == "zero"
+    assert lenient.grade(lambda numbers: [1e-8, 1.0, 2.0]).outcome == "wrong"
 
 
 def test_values_say_how_far_they_are_off():

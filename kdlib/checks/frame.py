@@ -83,12 +83,17 @@ class Question:
 
 @dataclass(frozen=True, repr=False)
 class Code(Question):
-    """parameters: the stub's, in order, for the messages."""
+    """parameters: the stub's, in order, for the messages.
+
+    zero: a difference as small as this is rounding, where a right or wrong value may
+          be 0 (a relative tolerance lets nothing but 0 pass for 0)
+    """
 
     parameters: tuple[str, ...]
     tests: tuple[Test, ...]
     truth: Callable
     bugs: tuple[Bug, ...]
+    zero: float = 0.0
 
     @property
     def out_of(self) -> float:
@@ -151,7 +156,7 @@ class Code(Question):
             return WRONG, [*lines, unfit.sentence], unfit.bug
         seen.append((arguments, shape, got, tolerance))
         wanted, _ = values.read(self.truth(*arguments), shape)
-        if not values.same(got, wanted, tolerance):
+        if not values.same(got, wanted, tolerance, self.zero):
             return WRONG, lines, None
         return None
 
@@ -159,7 +164,12 @@ class Code(Question):
         """The bug that explains every value, also those that were right by luck."""
         for bug in self.bugs:
             if all(
-                values.same(got, values.read(bug.returns(*arguments), shape)[0], near)
+                values.same(
+                    got,
+                    values.read(bug.returns(*arguments), shape)[0],
+                    near,
+                    self.zero,
+                )
                 for arguments, shape, got, near in seen
             ):
                 lines = [_wrap(f"Likely bug: {bug.tell}")]

@@ -55,9 +55,13 @@ def read(value: object, shape: Sequence[int] = ()) -> tuple[list[float], float]:
     return numbers, max([EXACT, *(TOLERANCE.get(name, EXACT) for name in dtypes)])
 
 
-def same(got: Sequence[float], wanted: Sequence[float], tolerance: float) -> bool:
+def same(
+    got: Sequence[float], wanted: Sequence[float], tolerance: float, zero: float = 0.0
+) -> bool:
+    """Whether all numbers agree within a relative tolerance, or differ by `zero`."""
     return len(got) == len(wanted) and all(
-        math.isclose(a, b, rel_tol=tolerance) for a, b in zip(got, wanted, strict=True)
+        math.isclose(a, b, rel_tol=tolerance, abs_tol=zero)
+        for a, b in zip(got, wanted, strict=True)
     )
 
 
