@@ -358,7 +358,7 @@ def appends(numbers, factor):
         (lambda n, f: right(n, f) / len(n), "mean", 0),
         (returns(lambda x: -x), "constant factor", 0),
         (returns(lambda x: 4 * x), "constant factor", 0),
-        (returns(lambda x: float(x) * (1 + 1e-6)), "constant factor", 0),
+        (returns(lambda x: float(x) * (1 + 1e-4)), "constant factor", 0),
         (lambda n, f: 7.0, "constant", 0),
         (lambda n, f: within_itself(), "wrong type", 0),
         (lambda n, f: Stubborn(), "wrong type", 0),
@@ -470,6 +470,22 @@ def test_values_say_how_far_they_are_off():
     assert values.ratio([2.0, 4.001], [1.0, 2.0], 1e-9) is None
     assert values.ratio([2.0, 5.0], [1.0, 2.0], 1e-3) is None
     assert values.ratio([0.0], [0.0], 1e-9) is None
+
+
+@pytest.mark.parametrize("give", [lambda x: x.tolist(), lambda x: x.double()])
+def test_numbers_computed_in_float32_may_come_as_a_list(give):
+    def answer(numbers):  # numbers are float32
+        return give((numbers * (1 + 2e-7)) ** 2)
+
+    assert SQUARES.grade(answer).outcome == "right"
+    assert SQUARES.grade(lambda x: give(x**2 + 1e-3)).outcome == "wrong"
+
+
+def test_a_bug_that_has_no_number_here_explains_nothing():
+    bugs = (frame.Bug("nan", "nan.", lambda x: x * float("nan")),)
+    question = replace(SQUARES, bugs=bugs)
+    verdict = question.grade(lambda x: x**3)
+    assert (verdict.outcome, verdict.bug) == ("wrong", None)
 
 
 @pytest.mark.parametrize("factor, said", [(3, "3 times too large"), (-1, "wrong sign")])

@@ -154,6 +154,8 @@ class Code(Question):
             got, tolerance = values.read(tried.value, shape)
         except values.Unfit as unfit:
             return WRONG, [*lines, unfit.sentence], unfit.bug
+        # `.item()` and `.tolist()` hide that the numbers were computed in float32.
+        tolerance = max(tolerance, values.tolerance(arguments))
         seen.append((arguments, shape, got, tolerance))
         wanted, _ = values.read(self.truth(*arguments), shape)
         if not values.same(got, wanted, tolerance, self.zero):
@@ -163,15 +165,7 @@ class Code(Question):
     def _diagnose(self, seen, shown) -> tuple[str | None, list[str]]:
         """The bug that explains every value, also those that were right by luck."""
         for bug in self.bugs:
-            if all(
-                values.same(
-                    got,
-                    values.read(bug.returns(*arguments), shape)[0],
-                    near,
-                    self.zero,
-                )
-                for arguments, shape, got, near in seen
-            ):
+            if self._explains(bug, seen):
                 lines = [_wrap(f"Likely bug: {bug.tell}")]
                 factor = self._factor([shown])
                 if factor:
@@ -185,6 +179,20 @@ class Code(Question):
         if len(seen) > 1 and all(item[2] == seen[0][2] for item in seen):
             return "constant", ["It returns the same value for every input."]
         return None, ["The value is not right, and no known bug explains it."]
+
+    def _explains(self, bug: Bug, seen) -> bool:
+        try:
+            return all(
+                values.same(
+                    got,
+                    values.read(bug.returns(*arguments), shape)[0],
+                    near,
+                    self.zero,
+                )
+                for arguments, shape, got, near in seen
+            )
+        except values.Unfit:  # it is NaN on one of the inputs; the student's was not
+            return False
 
     def _factor(self, seen) -> float | None:
         got = [x for _, _, numbers, _ in seen for x in numbers]

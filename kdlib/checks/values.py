@@ -52,7 +52,18 @@ def read(value: object, shape: Sequence[int] = ()) -> tuple[list[float], float]:
         numbers = [math.inf]
     if not all(map(math.isfinite, numbers)):
         raise Unfit("not finite", "It returned NaN or an infinity.")
-    return numbers, max([EXACT, *(TOLERANCE.get(name, EXACT) for name in dtypes)])
+    return numbers, _widest(dtypes)
+
+
+def tolerance(value: object) -> float:
+    """What the coarsest dtype in a value, or in a tuple of arguments, calls for."""
+    dtypes: set[str] = set()
+    _plain(value, dtypes)
+    return _widest(dtypes)
+
+
+def _widest(dtypes: set[str]) -> float:
+    return max([EXACT, *(TOLERANCE.get(name, EXACT) for name in dtypes)])
 
 
 def same(
