@@ -105,6 +105,5 @@ def test_writing_twice_gives_the_same(monkeypatch, tmp_path):
     once = readme.read_text()
     assert contents.main(["--write"]) == 0
     assert readme.read_text() == once
-    assert (
-        once.startswith("before\n") and once.endswith("after\n") and "of before" not in once
-    )
+    assert once.startswith("before\n") and once.endswith("after\n")
+    assert "of before" not in once
