@@ -2,9 +2,10 @@
 
     {"context": "..", "simplified_context": "..", "user_input": "..", "response": ".."}
 
-One object a line. The two contexts may be left out; they are then empty. Everything
-else that is wrong is refused, with the file and the line: a key that is spelt wrong
-would otherwise train a student on no context at all.
+One object a line. The two contexts may be left out, or be null, which is what a
+datasets.Dataset has in rows that lack a column; they are then empty. Everything else
+that is wrong is refused, with the file and the line: a key that is spelt wrong would
+otherwise train a student on no context at all.
 """
 
 from __future__ import annotations
@@ -100,16 +101,25 @@ def _example(row, where: str) -> PairedExample:
     for name in row:
         if name not in FIELDS:
             raise DataError(f"{where}: unknown key {name!r}", nearest(name, FIELDS))
+    row = {name: value for name, value in row.items() if value is not None}
     for name in REQUIRED:
         if name not in row:
-            raise DataError(f"{where}: no {name!r}", f"add the key {name!r}")
-    for name, value in row.items():
-        try:
-            str.encode(value)
-        except (TypeError, UnicodeEncodeError) as error:  # a number, half an emoji
             raise DataError(
-                f"{where}: {name!r} is not text: {error}",
-                "write a string; an empty one, or no key, for no context",
+                f"{where}: no {name!r}", f"add {name!r}, or leave the example out"
+            )
+    for name, value in row.items():
+        if not isinstance(value, str):
+            raise DataError(
+                f"{where}: {name!r} is {value!r}, of type {type(value).__name__}, not "
+                "text",
+                "write a string; an empty one, null or no key for no context",
+            )
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # half an emoji
+            raise DataError(
+                f"{where}: {name!r} cannot be written in UTF-8: {error}",
+                "write whole characters",
             ) from error
     if not row["response"].strip():
         raise DataError(

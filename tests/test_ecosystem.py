@@ -370,12 +370,13 @@ def test_rows_of_a_datasets_dataset_are_examples():
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     rows = [
         {"user_input": "a", "response": "b", "context": "c"},
-        {"user_input": "d", "response": "e", "context": ""},
+        {"user_input": "d", "response": "e"},
     ]
-    examples = read_examples(datasets.Dataset.from_list(rows))
-    assert [vars(e) for e in examples] == [
-        {**r, "simplified_context": ""} for r in rows
-    ]
+    table = datasets.Dataset.from_list(rows)
+    assert table[1]["context"] is None  # the column of another row
+    examples = read_examples(table)
+    assert [e.context for e in examples] == ["c", ""]
+    assert [e.user_input for e in examples] == ["a", "d"]
 
 
 def test_the_smollm2_experiments_with_a_small_model(shipped, monkeypatch, capsys):

@@ -35,6 +35,18 @@ def test_a_file_is_read_line_by_line(tmp_path):
     assert read_examples(marked) == wanted
 
 
+def test_null_is_no_context(tmp_path):
+    """As datasets.Dataset.from_list fills the columns that a row lacks."""
+    row = {**GOOD, "context": None, "simplified_context": None}
+    wanted = [PairedExample("2 + 2", "4")]
+    assert read_examples([row]) == wanted
+    assert read_examples(write(tmp_path / "a.jsonl", json.dumps(row))) == wanted
+    mixed = {**GOOD, "context": None, "simplified_context": "fr"}
+    assert read_examples([mixed]) == [
+        PairedExample("2 + 2", "4", simplified_context="fr")
+    ]
+
+
 def test_rows_may_be_any_mappings():
     class Dataset:  # what datasets.Dataset is: an iterable of dicts
         def __iter__(self):
@@ -77,9 +89,19 @@ BAD_LINES = {
     "foreign": ({**GOOD, "label": "c"}, "line 2: unknown key 'label'"),
     "no response": ({"user_input": "a"}, "line 2: no 'response'"),
     "no input": ({"response": "a"}, "line 2: no 'user_input'"),
-    "number": ({**GOOD, "response": 4}, "line 2: 'response' is not text"),
-    "none": ({**GOOD, "context": None}, "line 2: 'context' is not text"),
-    "half an emoji": ({**GOOD, "user_input": "\ud83d"}, "'user_input' is not text"),
+    "null response": ({**GOOD, "response": None}, "line 2: no 'response'"),
+    "null input": ({**GOOD, "user_input": None}, "line 2: no 'user_input'"),
+    "null of a foreign key": ({**GOOD, "label": None}, "unknown key 'label'"),
+    "number": (
+        {**GOOD, "response": 4},
+        "line 2: 'response' is 4, of type int, not text",
+    ),
+    "truth": ({**GOOD, "context": True}, "'context' is True, of type bool, not text"),
+    "messages": (
+        {**GOOD, "user_input": [{"role": "user"}]},
+        "'user_input' is .*, of type list, not text",
+    ),
+    "half an emoji": ({**GOOD, "user_input": "\ud83d"}, "cannot be written in UTF-8"),
     "empty": ({**GOOD, "response": ""}, "line 2: 'response' is empty"),
     "blank": ({**GOOD, "response": " \n"}, "line 2: 'response' is empty"),
     "twice": ('{"user_input": "a", "response": "b", "response": "c"}', "there twice"),
@@ -102,6 +124,11 @@ def test_a_bad_line_is_named(tmp_path, name):
 def test_a_bad_row_is_named(row):
     with pytest.raises(DataError, match="row 1"):
         read_examples([GOOD, row])
+
+
+def test_a_missing_number_of_a_table_is_not_text():
+    with pytest.raises(DataError, match="row 0: 'context' is nan, of type float"):
+        read_examples([{**GOOD, "context": float("nan")}])
 
 
 def test_files_that_cannot_be_read(tmp_path):
