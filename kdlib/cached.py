@@ -25,9 +25,10 @@ import numpy as np
 import torch
 
 from kdlib.errors import ArgumentError, DataError
+from kdlib.files import digest
 from kdlib.pairs import EncodedPair, PairedBatch
 from kdlib.prompts import tokenizer_content
-from kdlib.shards import FORMAT, MANIFEST, Shard, digest, read_manifest, shard_fault
+from kdlib.shards import FORMAT, MANIFEST, Shard, read_manifest, shard_fault
 from kdlib.sparse import SparseTargets
 
 if TYPE_CHECKING:

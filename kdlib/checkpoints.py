@@ -13,7 +13,6 @@ Knows files alone: what a training run puts into them is training_state.py's bus
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdlib.errors import DataError, StorageError
+from kdlib.files import digest, file_sha256, flush
 
 FORMAT = "kdlib checkpoint 1"
 MANIFEST = "manifest.json"
@@ -65,11 +65,11 @@ def write(
             writer(new / name)
         _write_manifest(new, step, facts)
         for path in (*_files(new), *_folders(new)):
-            _flush(path)
+            flush(path)
         if target.exists():  # a damaged one, which was skipped
             os.replace(target, scratch / "old")
         os.replace(new, target)
-        _flush(folder)
+        flush(folder)
         tidy(folder, step, keep)
     except Exception as error:  # torch and safetensors have their own for a full disk
         raise StorageError(
@@ -130,7 +130,7 @@ def read(path: Path) -> Checkpoint:
     try:
         stored = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         content = stored["content"]
-        if stored["sha256"] != _digest_of(content):
+        if stored["sha256"] != digest(content):
             raise damaged(f"{MANIFEST} has another checksum")
         if content["format"] != FORMAT or path.name != f"step-{content['step']:08}":
             raise damaged(
@@ -141,7 +141,7 @@ def read(path: Path) -> Checkpoint:
             size = file.stat().st_size
             if size != wanted["bytes"]:
                 raise damaged(f"{name} has {size} bytes, not {wanted['bytes']}")
-            if _digest(file) != wanted["sha256"]:
+            if file_sha256(file) != wanted["sha256"]:
                 raise damaged(f"{name} has another checksum")
     except DataError:  # it is a ValueError too
         raise
@@ -158,12 +158,12 @@ def _write_manifest(folder: Path, step: int, facts: dict) -> None:
     files = {
         path.relative_to(folder).as_posix(): {
             "bytes": path.stat().st_size,
-            "sha256": _digest(path),
+            "sha256": file_sha256(path),
         }
         for path in _files(folder)
     }
     content = {"format": FORMAT, "step": step, "facts": facts, "files": files}
-    stored = {"content": content, "sha256": _digest_of(content)}
+    stored = {"content": content, "sha256": digest(content)}
     (folder / MANIFEST).write_text(json.dumps(stored, indent=1), encoding="utf-8")
 
 
@@ -185,23 +185,3 @@ def _files(folder: Path) -> list[Path]:
 
 def _folders(folder: Path) -> list[Path]:
     return [*(path for path in folder.rglob("*") if path.is_dir()), folder]
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest_of(content) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Have the disk hold a file's content, or a folder's list of names."""
-    if path.is_dir() and os.name != "posix":
-        return  # Windows opens no folders, and writes their names through
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

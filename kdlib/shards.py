@@ -8,7 +8,6 @@ mean is cached.py's business.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdlib.errors import DataError, StorageError
+from kdlib.files import file_sha256, flush
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,10 +43,9 @@ def whole_file(path: Path) -> Iterator[Path]:
         ) from error
     try:
         yield scratch
-        _flush(scratch, os.O_RDWR)  # else a power cut could keep the name alone
+        flush(scratch)
         os.replace(scratch, path)
-        if os.name == "posix":  # elsewhere a folder cannot be opened
-            _flush(path.parent, os.O_RDONLY)
+        flush(path.parent)
     except Exception as error:  # safetensors reports a full disk in its own class
         raise StorageError(
             f"could not write {path}: {error}",
@@ -54,14 +53,6 @@ def whole_file(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         scratch.unlink(missing_ok=True)
-
-
-def _flush(path: Path, mode: int) -> None:
-    handle = os.open(path, mode)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor], facts: dict) -> dict:
@@ -76,11 +67,6 @@ def write_shard(path: Path, tensors: dict[str, Tensor], facts: dict) -> dict:
 def write_manifest(folder: Path, manifest: dict) -> None:
     with whole_file(folder / MANIFEST) as scratch:
         scratch.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,8 +125,3 @@ def shard_fault(folder: Path, entry: dict, verify: bool) -> str:
     if verify and file_sha256(path) != entry["sha256"]:
         return f"the shard {path} was altered: its sha256 is not the manifest's"
     return ""
-
-
-def digest(value) -> str:
-    """sha256 of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -24,11 +24,11 @@ import torch
 from kdlib import __version__
 from kdlib.cached import fingerprint, input_hash
 from kdlib.errors import ArgumentError, DataError, ModelError, StorageError
+from kdlib.files import digest
 from kdlib.pairs import EncodedPair, PairCollator, PairedBatch, PairedExample
 from kdlib.shards import (
     FORMAT,
     SCRATCH,
-    digest,
     read_manifest,
     shard_fault,
     write_manifest,

@@ -297,7 +297,7 @@ MOMENTS = {
     "before the shard": lambda m: die_at_second("write_shard", target_cache, m),
     "after the shard": lambda m: die_at_second("file_sha256", shards, m),
     "at the manifest": lambda m: die_at_second("write_manifest", target_cache, m),
-    "before a rename": lambda m: die_at_second("_flush", shards, m),
+    "before a rename": lambda m: die_at_second("flush", shards, m),
 }
 
 

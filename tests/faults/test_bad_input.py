@@ -333,7 +333,7 @@ def another_step(path):
 def another_format(path):
     stored = json.loads(path.read_text())
     stored["content"]["format"] = "kdlib checkpoint 0"
-    stored["sha256"] = checkpoints._digest_of(stored["content"])
+    stored["sha256"] = checkpoints.digest(stored["content"])
     path.write_text(json.dumps(stored))
 
 
