@@ -3,16 +3,19 @@
 FOLDER/checkpoints/step-00000500/   checkpoints.py
 FOLDER/metrics.jsonl                metrics.py
 FOLDER/tensorboard/                 where TensorBoard is installed
+FOLDER/.lock                        while a process is at it (lock.py)
 """
 
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 from kdlib import checkpoints
 from kdlib.distributed import ALONE, Ranks
 from kdlib.gradients import StepLoss, StudentLoss
+from kdlib.lock import only_process_in
 from kdlib.metrics import Record, flops_per_token, peak_flops, peak_memory
 from kdlib.settings import MAY_CHANGE, TrainConfig
 from kdlib.teachers import LiveTeacher
@@ -26,7 +29,8 @@ class RunFolder:
 
     Raises ArgumentError where the run in the folder is another one, DataError where all
     its checkpoints are damaged or do not fit, StorageError where nothing can be
-    written. Until then nothing in the folder has changed.
+    written, or another process is at it (lock.py). Until then nothing in the folder has
+    changed.
     """
 
     def __init__(
@@ -43,19 +47,27 @@ class RunFolder:
         self.ranks = ranks
         # As JSON gives it back, so that it compares with what a manifest holds.
         self.facts = json.loads(json.dumps(facts, default=lambda x: x.item()))
-        first, found = ranks.rank == 0, None
+        with ExitStack() as held:
+            if ranks.rank == 0:
+                held.enter_context(only_process_in(Path(folder)))
+            self._go_on()
+            self.record = None
+            if ranks.rank == 0:
+                self.record = Record(Path(folder), state.step, config.steps)
+            self._held = held.pop_all()  # until `close`
+
+    def _go_on(self) -> None:
+        first, found = self.ranks.rank == 0, None
         if first:
             found = checkpoints.newest_good(self.checkpoints)
-        self.saved = ranks.from_first(found)
+        self.saved = self.ranks.from_first(found)
         if self.saved is not None:
             check_same(self.facts, self.saved, MAY_CHANGE)
-            state.load(self.saved)
-            ranks.gather("loaded")  # nothing is removed while a rank reads
+            self.state.load(self.saved)
+            self.ranks.gather("loaded")  # nothing is removed while a rank reads
             if first:
-                checkpoints.tidy(self.checkpoints, state.step, config.keep_checkpoints)
-        self.record = None
-        if first:
-            self.record = Record(Path(folder), state.step, config.steps)
+                keep = self.config.keep_checkpoints
+                checkpoints.tidy(self.checkpoints, self.state.step, keep)
 
     def write_line(self, found: StepLoss, told: dict[str, float]) -> None:
         """The step just done, as a line of metrics.jsonl; told: more of its numbers.
@@ -95,6 +107,7 @@ class RunFolder:
     def close(self) -> None:
         if self.record is not None:
             self.record.close()
+        self._held.close()
 
     def is_due(self) -> bool:
         step = self.state.step

@@ -25,6 +25,7 @@ from kdlib import __version__
 from kdlib.cached import fingerprint, input_hash
 from kdlib.errors import ArgumentError, DataError, ModelError, StorageError
 from kdlib.files import digest
+from kdlib.lock import LOCK, only_process_in
 from kdlib.pairs import EncodedPair, PairCollator, PairedBatch, PairedExample
 from kdlib.shards import (
     FORMAT,
@@ -106,7 +107,8 @@ def write_shards(
     anew. The manifest is complete only once all shards are there.
 
     Raises, besides what write_cache does, DataError for an example that cannot be
-    encoded, and for a folder that holds something else, naming what differs.
+    encoded, and for a folder that holds something else, naming what differs;
+    StorageError where another process is at it.
     """
     folder, kind = Path(folder), _kind(k, tail, temperature, seed)
     for name, value in (("shard_size", shard_size), ("batch_size", batch_size)):
@@ -130,31 +132,37 @@ def write_shards(
     libraries = ("torch", "transformers", "safetensors")
     versions = {"kdlib": __version__} | {name: version(name) for name in libraries}
     about = {"facts": facts or {}, "versions": versions}
-    done = _finished(folder, plan)
-    for number, start in enumerate(starts):
-        file = f"targets-{number:05}.safetensors"
-        if file in done:
-            continue
-        numbers = range(start, min(start + shard_size, len(examples)))
-        pairs = [collator.encode(examples[i], i) for i in numbers]
-        tensors, vocab = _ask(
-            teacher, _batches(pairs, collator, batch_size), kind, number
-        )
-        # Before the shard: a folder of shards without a manifest would be nobody's.
-        _save(folder, plan, done, len(starts), about)
-        metadata = {"format": FORMAT, **plan, "vocab_size": vocab}
-        metadata |= {"plan": digest(plan), "shard": number}
-        written = write_shard(folder / file, tensors, metadata)
-        tokens = len(tensors["response_ids"])
-        done[file] = {"file": file, "examples": len(pairs), "tokens": tokens, **written}
-        on_shard(_save(folder, plan, done, len(starts), about))
+    with only_process_in(folder):
+        done = _finished(folder, plan)
+        for number, start in enumerate(starts):
+            file = f"targets-{number:05}.safetensors"
+            if file in done:
+                continue
+            numbers = range(start, min(start + shard_size, len(examples)))
+            pairs = [collator.encode(examples[i], i) for i in numbers]
+            tensors, vocab = _ask(
+                teacher, _batches(pairs, collator, batch_size), kind, number
+            )
+            # Before the shard: a folder of shards without a manifest would be nobody's.
+            _save(folder, plan, done, len(starts), about)
+            metadata = {"format": FORMAT, **plan, "vocab_size": vocab}
+            metadata |= {"plan": digest(plan), "shard": number}
+            written = write_shard(folder / file, tensors, metadata)
+            tokens = len(tensors["response_ids"])
+            done[file] = {
+                "file": file,
+                "examples": len(pairs),
+                "tokens": tokens,
+                **written,
+            }
+            on_shard(_save(folder, plan, done, len(starts), about))
     return read_manifest(folder)
 
 
 def _finished(folder: Path, plan: dict) -> dict[str, dict]:
     """The entries of good shards of an earlier run, by file."""
     try:
-        names = [path.name for path in folder.iterdir()] if folder.exists() else []
+        names = [path.name for path in folder.iterdir() if path.name != LOCK]
     except OSError as error:
         raise StorageError(
             f"{folder} is not a folder to write to: {error}", "name another folder"

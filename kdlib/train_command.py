@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ from kdlib.distributed import Ranks, processes
 from kdlib.evaluate import fidelity_report, parameter_count, table
 from kdlib.examples import read_examples
 from kdlib.ledger import provenance, write_json
+from kdlib.lock import only_process_in
 from kdlib.pairs import EncodedPair, PairCollator
 from kdlib.precision import Precision, trained_weights
 from kdlib.run_plan import API_KEY, Plan
@@ -62,14 +64,17 @@ def run(
     shard: split student and teacher among torchrun's processes (sharding.py)
     say:   gets a line of text at each stage
 
-    Raises what the rooms below raise, and Stopped after SIGINT or SIGTERM.
+    Raises what the rooms below raise, StorageError where another process is at `out`,
+    and Stopped after SIGINT or SIGTERM.
     """
     out = Path("runs", Path(config).stem) if out is None else Path(out)
-    with processes(shard=shard) as ranks:
+    with processes(shard=shard) as ranks, ExitStack() as held:
         plan, first = Plan.read(config), ranks.rank == 0
         ranks.check_same(
             {**read_table(config), "run": {"out": str(out), "shard": shard}}
         )
+        if first:
+            held.enter_context(only_process_in(out))
         # For dropout, where the student has it; no two ranks drop the same.
         torch.manual_seed(plan.train.seed + ranks.rank)
         parts = prepare(plan, ranks)
