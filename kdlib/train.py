@@ -213,7 +213,7 @@ def facts_of(student, pairs, objective, config, teacher, ranks) -> dict[str, dic
     """What has to be the same for a run to go on."""
     taught = {"kind": type(teacher).__name__}
     if isinstance(teacher, LiveTeacher):
-        taught |= layout(teacher.model)
+        taught |= layout(teacher.model) | {"signs": teacher.signs()}
     taught |= getattr(teacher, "facts", {})  # what a cache says of its making
     return {
         "config": vars(config),

@@ -197,8 +197,11 @@ def check_same(facts: dict, checkpoint: checkpoints.Checkpoint, may_change) -> N
         if name.partition(".")[2] not in may_change
     ]
     if differing:
+        same = "the same settings"
+        if all(name.startswith("teacher.") for name in differing):
+            same = "the teacher that the run began with"
         raise ArgumentError(
             f"{checkpoint.folder} is of a run with other settings: "
             f"{'; '.join(differing)}",
-            "go on with the same settings, or name another folder for a new run",
+            f"go on with {same}, or name another folder for a new run",
         )

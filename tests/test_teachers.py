@@ -73,3 +73,40 @@ def test_a_fingerprint_tells_models_apart(tokenizer, tmp_path):
     others[3].config.rms_norm_eps *= 2  # a model is more than its weights
     seen = {wanted, *(LiveTeacher(other).fingerprint() for other in others)}
     assert len(seen) == 5
+
+
+def test_signs_are_the_same_in_every_dtype_and_not_after_one_step(tokenizer):
+    def signs(model):
+        return LiveTeacher(model).signs()
+
+    def seeded(dtype=torch.float32, seed=0):
+        return small(tokenizer, seed).to(dtype)
+
+    wanted = signs(seeded())
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        assert signs(seeded(dtype)) == wanted
+    tiny = seeded()
+    with torch.no_grad():
+        tiny.lm_head.weight.mul_(1e-12)  # all zero in float16, with their signs
+    assert signs(tiny) == signs(tiny.half()) == wanted
+    assert signs(seeded(seed=1)) != wanted
+    assert signs(seeded().requires_grad_(False)) == wanted
+    # Fine-tuned a little.
+    tuned = seeded()
+    optimizer = torch.optim.AdamW(tuned.parameters(), lr=1e-4)
+    tuned(torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
+    optimizer.step()
+    assert signs(tuned) != wanted
+
+
+def test_signs_of_a_large_tensor_are_of_a_spread_of_it(tokenizer, monkeypatch):
+    monkeypatch.setattr("kdlib.teachers.SIGNS", 10)
+    model = small(tokenizer)
+    weight = model.lm_head.weight.detach().view(-1)  # 16,384 of them: every 1639th
+    seen = []
+    for place in (0, 1, 1639, 9 * 1639, len(weight) - 1):
+        weight[place] *= -1
+        seen.append(LiveTeacher(model).signs())
+        weight[place] *= -1
+    wanted = LiveTeacher(model).signs()
+    assert [found != wanted for found in seen] == [True, False, True, True, False]

@@ -262,6 +262,7 @@ def copy(finished, tmp_path):
             {"teacher": lambda h: LiveTeacher(h.model(width=12))},
             ["teacher.parameters", "teacher.shapes"],
         ),
+        ({"teacher": lambda h: LiveTeacher(h.model(seed=2))}, ["teacher.signs was"]),
         (
             {"teacher": Elsewhere("zero")},
             ["teacher.kind was 'LiveTeacher', now 'Elsewhere'"],
@@ -277,8 +278,11 @@ def test_a_resumed_run_with_other_settings_names_them(house, copy, changes, name
     for name in named:
         assert name in message
     unnamed = {"config", "objective", "data", "student", "teacher"}
-    for part in unnamed - {name.split(".")[0] for name in named}:
+    parts = {name.split(".")[0] for name in named}
+    for part in unnamed - parts:
         assert f"{part}." not in message
+    same = "the teacher that" if parts == {"teacher"} else "the same settings"
+    assert f"go on with {same}" in raised.value.remedy
     assert contents(copy) == before
 
 
