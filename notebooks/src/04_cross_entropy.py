@@ -163,8 +163,8 @@ for name, target in {"torn": torn, "sure": told}.items():
 print("log V", round(log(V), 4))
 
 # %% [markdown]
-# A student with random weights is not quite uniform. It starts somewhat
-# above. Far above means a wrong vocabulary, a wrong shift or a wrong scale.
+# A student with random weights is not quite uniform and starts somewhat
+# above. Far above is a sign, for instance of logits that are too large:
 
 # %%
 from kdlib.evaluate import teacher_reference
@@ -177,12 +177,14 @@ view = test[0].student
 with torch.no_grad():
     logits = view.select(untrained(view.input_ids, view.attention_mask).logits)
 start = cross_entropy(logits, reference).mean()
-print(f"untrained student {start:.1f}, log V {log(V):.1f}")
+large = cross_entropy(10 * logits, reference).mean()
+print(f"log V {log(V):.1f}, untrained student {start:.1f}")
+print(f"its logits times ten: above 20: {large > 20}")
 
 # %% [markdown]
 # ### Where it ends
 #
-# Chapter 5 shows that the loss is smallest at $q = p$. There it is the
+# The loss is smallest at $q = p$ (section 4 proves it). There it is the
 # teacher's **entropy**, $H(p) = -\sum_v p_v \log p_v$, and not zero. Walk from
 # the student to the teacher and past it:
 
@@ -195,9 +197,9 @@ floor = cross_entropy(p.log(), p.log()).item()
 print("entropy", round(floor, 4))
 
 # %% [markdown]
-# Can a good student reach zero? Only where the teacher is certain. Under a
-# torn teacher a student with a small loss would be a *bad* student: it would
-# have to ignore what the teacher says.
+# Can a student reach zero? Only where the teacher is certain. So a loss of
+# 1.9 may be a perfect student, and a loss of 0.1 a poor one. It depends on
+# the teacher:
 
 # %%
 for name, target in {"torn": torn, "sure": told}.items():
@@ -349,10 +351,11 @@ assert error < 1e-9
 # And for the real, torn token with its 1,024 logits:
 
 # %%
-leaf = torch.randn(V, dtype=torch.float64).requires_grad_()
+leaf = torch.linspace(-3, 3, V, dtype=torch.float64).requires_grad_()
 (gradient,) = torch.autograd.grad(cross_entropy(leaf, torn), leaf)
 torch.testing.assert_close(gradient, leaf.softmax(-1) - torn.softmax(-1))
-print(f"sum of its {V} entries below 1e-12:", abs(gradient.sum()) < 1e-12)
+total = gradient.sum().item()
+print(f"sum of its {V} entries below 1e-12:", abs(total) < 1e-12)
 print(f"largest entry {gradient.abs().max():.2f}")
 
 # %% [markdown]
@@ -411,9 +414,10 @@ for target in (p.log(), label.log()):
 #   = \sum_v q_v a_v^2 - \Big(\sum_v q_v a_v\Big)^2
 #   = \mathrm{Var}_{v \sim q}(a_v) \ge 0 .$$
 #
-# Yes, in the *logits*. (In a network's weights it is not, for the logits are
-# no linear function of them.) The variance is zero for a constant $a$: adding
-# a number to all logits changes nothing.
+# Yes, in the *logits*. So where the gradient is zero, at $q = p$, the loss is
+# smallest, as section 2 said. (In a network's weights it is not convex, for
+# the logits are no linear function of them.) The variance is zero for a
+# constant $a$: adding a number to all logits changes nothing.
 
 # %%
 curvature = torch.linalg.eigvalsh(formula)
@@ -460,9 +464,8 @@ assert cross_entropy(ruled_out, ruled_out) == cross_entropy(two, two)
 # | **favourite** | one-hot at $\arg\max_v p^t_v$ | its greedy answer |
 # | **sample** | one-hot at $y \sim p^t$ | one answer drawn from it |
 #
-# The last two are **hard targets that the teacher writes**; the textbook
-# calls it target-generated output. They are not the data's labels: nobody but
-# the teacher said them.
+# The last two are **hard targets that the teacher writes**. They are not the
+# data's labels: nobody but the teacher said them.
 #
 # To be able to list all cases, keep the six likeliest tokens of our torn
 # position and scale them up to one.
@@ -515,23 +518,26 @@ def cloud(n, draws):
     return q - one_hot[picked].view(draws, n, 6).mean(1)
 
 
-figure, axes = plt.subplots(1, 3, figsize=(8, 3.2), sharey=True)
-titles = ("whole distribution", "favourite token", "sampled token")
+# %%
+figure, axes = plt.subplots(1, 3, figsize=(8, 3.6), sharey=True)
 place = torch.arange(6.0)
 axes[0].bar(place, whole, color=plots.BLUE)
 axes[1].bar(place, favourite, color=plots.BLUE)
 for n, colour, shift in ((1, plots.GREY, -0.2), (16, plots.ORANGE, 0.2)):
-    dots = cloud(n, 60)
     spots = place + shift + 0.12 * torch.linspace(-1, 1, 60)[:, None]
-    axes[2].plot(spots, dots, ".", color=colour, markersize=3)
-axes[2].hlines(whole, place - 0.4, place + 0.4, color=plots.BLUE, linewidth=2)
+    dots = {"color": colour, "markersize": 3, "linestyle": "none"}
+    lines = axes[2].plot(spots, cloud(n, 60), marker=".", **dots)
+    lines[0].set_label("one draw" if n == 1 else f"mean of {n} draws")
+ends = place - 0.4, place + 0.4
+axes[2].hlines(whole, *ends, color=plots.BLUE, label="whole distribution")
+titles = ("whole distribution", "favourite token", "sampled token")
 for axis, title in zip(axes, titles, strict=True):
     axis.axhline(0, color="black", linewidth=0.6)
     axis.set_xticks(place, names)
     axis.set_title(title)
-axes[0].set_ylabel("gradient, student minus target")
-legend = "grey: 1 draw   orange: mean of 16   blue: whole"
-axes[2].set_xlabel(legend, fontsize=9)
+axes[0].set_ylabel("gradient (below 0: pushed up)")
+axes[1].set_xlabel("token that may come next")
+figure.legend(loc="outside lower right", ncols=3, frameon=False)
 plt.show()
 
 # %% [markdown]
@@ -589,26 +595,28 @@ print("label", repr(names[2]), [round(g, 4) for g in gradient[0].tolist()])
 
 
 # %%
-def trained(target_of, steps=200, rate=1.0):
-    """The student after `steps`, and its KL from the teacher on the way."""
+def trained(targets, rate=1.0):
+    """The student at the end, and its KL from the teacher on the way."""
     z, path = q.log(), []
-    for _ in range(steps):
+    for target in targets:
         path.append(forward_kl(z, p.log()).item())
-        z = z - rate * (z.softmax(-1) - target_of())
+        z = z - rate * (z.softmax(-1) - target)
     return z.softmax(-1), path
 
 
-generator = torch.Generator().manual_seed(2)
-targets = {
-    "whole": lambda: p,
-    "favourite": lambda: one_hot[p.argmax()],
-    "sample": lambda: one_hot[torch.multinomial(p, 1, generator=generator)[0]],
+def drawn_labels(steps):
+    rng = torch.Generator().manual_seed(2)
+    return one_hot[torch.multinomial(p, steps, True, generator=rng)]
+
+
+ends = {
+    "whole": trained(p.expand(200, 6)),
+    "favourite": trained(one_hot[p.argmax()].expand(200, 6)),
+    "sample": trained(drawn_labels(200)),
 }
-ends = {name: trained(target) for name, target in targets.items()}
 print("teacher  ", "  ".join(f"{x:.3f}" for x in p.tolist()))
-for name in ("whole", "favourite"):
-    shares = "  ".join(f"{x:.3f}" for x in ends[name][0].tolist())
-    print(f"{name:9}", shares)
+for name, (end, _) in ends.items():
+    print(f"{name:9}", "  ".join(f"{x:.3f}" for x in end.tolist()))
 
 # %%
 figure, axes = plt.subplots(figsize=(6.5, 2.8))
@@ -629,10 +637,19 @@ plt.show()
 # - **Favourite**: away from it, and further with every step. Its own loss
 #   falls all the while.
 # - **Sample**: never at rest. It wanders in the teacher's neighbourhood,
-#   because its gradient is not zero even where $q = p$. Smaller steps make
-#   the neighbourhood smaller.
+#   because its gradient is not zero even where $q = p$.
 #
-# The last one is a matter of *noise*. How much is there?
+# The neighbourhood shrinks with the steps. Measure its size by the mean KL in
+# the second half of 4,000 steps:
+
+# %%
+for rate in (1.0, 0.1, 0.01):
+    path = trained(drawn_labels(4000), rate)[1]
+    print(f"step length {rate:4}: KL {sum(path[2000:]) / 2000:.3f}")
+
+# %% [markdown]
+# So a sampled label needs a learning rate that goes to zero; the whole
+# distribution does not. It is a matter of *noise*. How much is there?
 
 # %% [markdown]
 # ## 6 · The noise of a label
@@ -748,8 +765,8 @@ torch.testing.assert_close(gradient[0], q - counted)
 #   + \underbrace{\mathrm{Var}_x\big( p^s_x - p^t_x \big)}_{
 #     \text{the inputs' noise}} .$$
 #
-# A whole distribution removes the first term. Nothing but larger batches
-# removes the second. Which one is the larger?
+# The mean over $B$ inputs divides both by $B$. A whole distribution removes
+# the first term altogether, and leaves the second. Which one is larger?
 
 # %%
 dated = [
@@ -842,16 +859,22 @@ for name, row in {"teacher": target, "smoothed": smooth}.items():
         f"{name:9} {names[0]!r} {first:.2f}, {names[1]!r} {next_:.4f}, "
         f"entropy {-(row * row.log()).sum().item():.2f}"
     )
-print(f"KL(teacher || smoothed) {forward_kl(smooth.log(), torn).item():.2f}")
-for epsilon in (0.5, 0.9):
-    row = (1 - epsilon) * torch.eye(V, dtype=torch.float64)[label]
-    row = row + epsilon / V
-    print(f"at epsilon {epsilon} {forward_kl(row.log(), torn).item():.2f}")
+
+
+def smoothed_kl(epsilon):
+    row = torch.full((V,), epsilon / V, dtype=torch.float64)
+    row[label] += 1 - epsilon
+    return forward_kl(row.log(), torn).item()
+
+
+print(f"KL(teacher || smoothed) {smoothed_kl(0.1):.2f}")
+best = min(smoothed_kl(percent / 100) for percent in range(1, 101))
+print(f"at the best strength    {best:.2f}")
 
 # %% [markdown]
-# No $\varepsilon$ makes it the teacher. "Soft targets help because they are
-# soft" is therefore not an explanation. Whether smoothing helps training is
-# another question, and not asked here. One sighting is worth knowing: a
+# No strength makes it the teacher. So "soft targets help because they are
+# soft" explains little. Whether smoothing helps training is another question,
+# and not asked here. One sighting is worth knowing: a
 # *teacher* that was trained with smoothed labels made worse students (Müller,
 # Kornblith and Hinton 2019, arXiv:1906.02629).
 
@@ -1028,9 +1051,12 @@ print("KL, answers minus distributions:", mean_interval(gaps).claim())
 # | one sample | one token, drawn once |
 # | redrawn sample | one token, drawn anew at every visit |
 # | favourite | the likeliest token |
-#
+
+# %% [markdown]
 # All have the same inputs, first weights, order and number of steps. They
-# also cost the same: every label takes one forward pass of the teacher.
+# also cost the same: every label takes one forward pass of the teacher. There
+# is no row of true labels, because without the instruction no answer is the
+# right one.
 
 # %% [markdown]
 # ### Predict
@@ -1101,10 +1127,9 @@ for measure in ("kl", "agreement"):
 # %% [markdown]
 # Read by KL, the rows fall where the theory puts them.
 #
-# - The **favourite** is worst, and ten times the inputs help it little: bias.
-# - **One sample** is nearly as bad on 100 inputs, where the student learns
-#   the draw by heart. On 1,000 inputs that resemble each other it must
-#   average, and does.
+# - The **favourite** is worst, and ten times the inputs do not cure it: bias.
+# - **One sample** is nearly as bad on 100 inputs, and much better on 1,000.
+# - **Whole distributions** are the best, or level with the best.
 # - **Sixteen samples** have about twice the KL of whole distributions.
 # - **Redrawn**, a sample is not shown to be worse where each input is visited
 #   130 times. With 13 visits it is.
@@ -1112,20 +1137,23 @@ for measure in ("kl", "agreement"):
 # %% [markdown]
 # Read by agreement, the favourite is first or level. If the greedy answer is
 # all that you will ever ask of the student, the teacher's greedy answer is a
-# fine target. How it looks otherwise:
+# fine target.
+#
+# How sure are these students? The teacher's mean entropy is 0.99.
 
 # %%
-print(f"entropy, teacher {found['teacher_entropy']:14.2f}")
-for row in ("full distributions", "favourite"):
-    level = Interval(**found["levels"]["1000"][row]["entropy"])
-    print(f"entropy, {row:18} {level}")
+for row in taught:
+    by_size = [levels[row]["entropy"] for levels in found["levels"].values()]
+    few, many = (Interval(**value) for value in by_size)
+    print(f"{row:20} {few.mean:.2f} on 100 inputs, {many.mean:.2f} on 1,000")
 
 # %% [markdown]
-# It is sure where its teacher is torn. Sampled from, or used as a teacher in
-# its turn, it gives one of the six languages and hides the other five.
+# The favourite's students are sure where their teacher is torn. So is the
+# student of 100 fixed samples: it took each draw for certain, as one does who
+# learns by heart. With 1,000 inputs, which resemble each other, it had to
+# average.
 #
-# What this does not show: one task, one size of student, one recipe. And even
-# whole distributions leave a KL that only more inputs reduce.
+# All of this is one task, one size of student and one recipe.
 
 # %% [markdown]
 # ## Exercises
