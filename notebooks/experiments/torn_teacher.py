@@ -26,8 +26,8 @@ of the right answers to a test input:
     languages  exp of the entropy of their shares: how many languages are kept
     forward_kl, reverse_kl   per token, on answers that the teacher wrote for the tests
 
-The forward student is also measured at lower sampling temperatures ("cooled"): the
-cheapest rival of a loss that makes students sharper.
+The three students of a divergence are also measured at lower sampling temperatures
+("cooled"): the cheapest rival of a loss that makes students sharper.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ OBJECTIVES = {
     SCRATCH_REVERSE: Objective("reverse_kl"),
 }
 COOLED = (0.9, 0.8, 0.7, 0.6, 0.5)
+COOLED_ROWS, COOLED_MEASURES = (FORWARD, JSD, REVERSE), ("valid", "languages")
 SCRATCH = (SCRATCH_FORWARD, SCRATCH_REVERSE)
 MEASURES = ("valid", "languages", "forward_kl", "reverse_kl")
 DIFFERENCES = (
@@ -135,18 +136,15 @@ class Torn:
 
 
 @torch.no_grad()
-def measured(
-    model, torn: Torn, side: str = "student", temperature: float = 1.0
-) -> dict[str, float]:
-    def logits(batch):
-        view = getattr(batch, side)
-        mask = view.attention_mask.long()
-        found = model(input_ids=view.input_ids, attention_mask=mask).logits
-        return view.select(found) / temperature
+def logits_of(model, batch, side: str):
+    view = getattr(batch, side)
+    mask = view.attention_mask.long()
+    return view.select(model(input_ids=view.input_ids, attention_mask=mask).logits)
 
-    model.eval()
-    batch = torn.collator.collate(torn.right)
-    log_p = logits(batch).double().log_softmax(-1)
+
+def answers_of(torn: Torn, batch, logits, temperature: float) -> dict[str, float]:
+    """How likely the right answers are when one samples at this temperature."""
+    log_p = (logits.double() / temperature).log_softmax(-1)
     log_p = log_p.gather(-1, batch.response_ids[:, None])[:, 0]
     chance = torch.zeros(len(torn.right), dtype=torch.float64)
     chance = chance.index_add(0, batch.row_ids, log_p).exp()
@@ -155,13 +153,23 @@ def measured(
     valid = valid.index_add(0, tests, chance)
     share = chance / valid[tests]
     entropy = torch.zeros_like(valid).index_add(0, tests, -torch.xlogy(share, share))
-    heard = torn.collator.collate(torn.heard)
-    pair = logits(heard), torn.heard_teacher.targets(heard)
     return {
         "valid": valid.mean().item(),
         "languages": entropy.exp().mean().item(),
+    }
+
+
+def measured(model, torn: Torn, side: str = "student") -> dict:
+    model.eval()
+    batch = torn.collator.collate(torn.right)
+    logits = logits_of(model, batch, side)
+    heard = torn.collator.collate(torn.heard)
+    pair = logits_of(model, heard, side), torn.heard_teacher.targets(heard)
+    return {
+        **answers_of(torn, batch, logits, 1.0),
         "forward_kl": forward_kl(*pair).mean().item(),
         "reverse_kl": reverse_kl(*pair).mean().item(),
+        "cooled": {str(t): answers_of(torn, batch, logits, t) for t in COOLED},
     }
 
 
@@ -196,18 +204,18 @@ def summary(runs: list[dict], seeds: int) -> dict:
     if seeds < 2 or any(len(found["valid"]) != seeds for found in values.values()):
         return {}
 
-    def minus(ours, theirs, m):
-        pairs = zip(values[ours][m], values[theirs][m], strict=True)
-        return vars(mean_interval([a - b for a, b in pairs]))
+    def difference(ours, theirs):
+        return vars(mean_interval([a - b for a, b in zip(ours, theirs, strict=True)]))
 
     cooled = {
-        str(t): {
-            m: [run["cooled"][str(t)][m] for run in runs if run["row"] == FORWARD]
-            for m in ("valid", "languages")
-        }
-        for t in COOLED
+        row: {str(t): {m: [] for m in COOLED_MEASURES} for t in COOLED}
+        for row in COOLED_ROWS
     }
-    values |= cooled
+    for run in runs:
+        if run["row"] in COOLED_ROWS:
+            for t, found in run["cooled"].items():
+                for m in COOLED_MEASURES:
+                    cooled[run["row"]][t][m].append(found[m])
 
     return {
         "rows": {
@@ -215,15 +223,16 @@ def summary(runs: list[dict], seeds: int) -> dict:
             for row in OBJECTIVES
         },
         "cooled": {
-            t: {m: vars(mean_interval(v)) for m, v in by_measure.items()}
-            for t, by_measure in cooled.items()
-        },
-        "reverse_minus_cooled": {
-            t: {m: minus(REVERSE, t, m) for m in by_measure}
-            for t, by_measure in cooled.items()
+            row: {
+                t: {m: vars(mean_interval(v)) for m, v in by_measure.items()}
+                for t, by_measure in by_temperature.items()
+            }
+            for row, by_temperature in cooled.items()
         },
         "minus": {
-            f"{ours} - {theirs}": {m: minus(ours, theirs, m) for m in MEASURES}
+            f"{ours} - {theirs}": {
+                m: difference(values[ours][m], values[theirs][m]) for m in MEASURES
+            }
             for ours, theirs in DIFFERENCES
         },
     }
@@ -276,14 +285,8 @@ def main() -> None:
         for row in OBJECTIVES:
             if (row, seed) in done:
                 continue
-            student = trained(torn, row, seed, arguments.share)
-            found = measured(student, torn)
-            run = {"row": row, "seed": seed, **found}
-            if row == FORWARD:
-                run["cooled"] = {
-                    str(t): measured(student, torn, temperature=t) for t in COOLED
-                }
-            runs.append(run)
+            found = measured(trained(torn, row, seed, arguments.share), torn)
+            runs.append({"row": row, "seed": seed, **found})
             save()
             shown = ", ".join(f"{m} {found[m]:.3f}" for m in MEASURES)
             print(f"seed {seed}, {row}: {shown}", flush=True)
