@@ -31,7 +31,7 @@ from kdlib.ledger import mean_interval, provenance, write_json
 from kdlib.objective import Objective
 
 RESULT = Path(__file__).parents[1] / "results" / "hinton_digits.json"
-SEEDS = 6
+SEEDS = 5
 WIDTHS = (8, 16, 64)
 TEMPERATURES = (1, 2, 4, 8, 20)
 FEW = (1, 4, 20)  # without the missing class
