@@ -87,8 +87,7 @@ def total_loss(
 
     student_logits, teacher_logits [B, L, V]: where labels are predicted
     labels [B, L]: the response's tokens, or -100
-    temperature: T
-    hard_weight: w
+    temperature, hard_weight: T and w
     num_items: M, the response tokens of the whole step
     """
     ### BEGIN SOLUTION

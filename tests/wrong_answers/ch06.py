@@ -325,12 +325,12 @@ def centred_first(zs, zt, beta):
 # --- 6.3 share_of_the_step ---
 
 
-@wrong("6.3", "mean over the micro-batch", 0, "transformers#34191, trl#4719")
+@wrong("6.3", "mean over the micro-batch", 1, "transformers#34191, trl#4719")
 def micro_mean(losses, mask, n, processes):
     return losses[mask].mean() if mask.any() else losses.new_zeros(())
 
 
-@wrong("6.3", "not finite", 0, "the mean of nothing")
+@wrong("6.3", "mean over the micro-batch", 0, "and the mean of nothing is NaN")
 def micro_mean_of_nothing(losses, mask, n, processes):
     return losses[mask].mean()
 
@@ -345,7 +345,7 @@ def averaged_twice(losses, mask, n, processes):
     return losses[mask].sum() / n / processes
 
 
-@wrong("6.3", "mean over sequences", 0)
+@wrong("6.3", "mean over sequences", 1)
 def row_means(losses, mask, n, processes):
     means = [row[kept].mean() for row, kept in zip(losses, mask, strict=True)]
     return torch.stack(means).nan_to_num().mean()
@@ -357,6 +357,11 @@ def positions(losses, mask, n, processes):
 
 
 @wrong("6.3", "mask ignored", 0)
+def no_mask_at_all(losses, mask, n, processes):
+    return losses.sum() * processes / n
+
+
+@wrong("6.3", "mask ignored", 1, "infinities papered over")
 def no_mask(losses, mask, n, processes):
     return losses.nan_to_num(posinf=0).sum() * processes / n
 
@@ -376,7 +381,7 @@ def times_mask(losses, mask, n, processes):
     return (losses * mask).sum() * processes / n
 
 
-@wrong("6.3", "changes its input", 1, "the padding zeroed in place")
+@wrong("6.3", "changes its input", 0, "the padding zeroed in place")
 def zeroes_in_place(losses, mask, n, processes):
     losses[~mask] = 0
     return losses.sum() * processes / n
