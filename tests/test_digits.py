@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
+import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +14,8 @@ import torch
 from kdlib import digits
 from kdlib.errors import DataError
 from kdlib.objective import Objective
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_the_file_is_the_one_that_scikit_learn_ships():
@@ -106,3 +112,49 @@ def test_a_student_learns_and_the_same_seed_gives_the_same_student():
     assert torch.equal(first[-1].bias, same[-1].bias)
     right = first(test.images).argmax(1) == test.labels
     assert right.double().mean() > 0.85  # one in ten before training
+
+
+@pytest.fixture
+def experiment(monkeypatch):
+    """The script, with so few steps that nothing is learned."""
+    path = ROOT / "notebooks" / "experiments" / "hinton_digits.py"
+    spec = importlib.util.spec_from_file_location("hinton_digits", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "STEPS", 3)
+    teacher = digits.train_teacher
+    monkeypatch.setattr(
+        digits, "train_teacher", lambda train, seed: teacher(train, steps=3, seed=seed)
+    )
+    return module
+
+
+def test_the_experiment_goes_on_where_it_stopped(experiment, monkeypatch, tmp_path):
+    def run(seeds, name):
+        out = tmp_path / name
+        arguments = ["hinton_digits.py", "--seeds", str(seeds), "--out", str(out)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        experiment.main()
+        return json.loads(out.read_text())
+
+    assert "summary" not in run(1, "in_two.json")
+    in_two, at_once = run(2, "in_two.json"), run(2, "at_once.json")
+    assert in_two["runs"] == at_once["runs"] and in_two["seeds"] == 2
+    assert in_two["summary"] == at_once["summary"]
+
+
+def test_the_bias_of_the_missing_class_is_the_one_with_fewest_errors(experiment):
+    """Class 3 loses by 5.03 on three threes; one 7 leads it by 6.04."""
+    logits = torch.zeros(4, 10)
+    logits[:3, 0], logits[3, 7] = 5.03, 6.04
+    part = digits.Part(torch.eye(4, 64), torch.tensor([3, 3, 3, 7]))
+    model = digits.network(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for layer in (model[0], model[3]):
+            layer.weight[:, :4] = torch.eye(4)
+        model[-1].weight[:] = logits.T
+    assert experiment.best_bias(model, part) == pytest.approx(5.1)
+    experiment.raised(model, 5.1)
+    assert not experiment.errors(model, part).any()

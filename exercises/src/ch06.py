@@ -332,8 +332,7 @@ checks.check("6.4", factors)
 #   > wrong: Both are the same network. Only their targets differ.
 # - **C** The raised bias does it: without that step it would be right on none.
 #   > wrong: Many threes were right before the bias was touched, and a raised
-#   > bias
-#   > does little for the student on labels.
+#   > bias helps the student on labels far less.
 
 # %% [markdown] question="6.5" part="options"
 # **d.** The student's distributions equal the teacher's on all inputs. What

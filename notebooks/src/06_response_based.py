@@ -275,29 +275,30 @@ for name, logits in STUDENTS.items():
         print(f"    {what:12}", *(f"{value:7.3g}" for value in row))
 
 # %%
-figure, axes = plt.subplots(figsize=(6.5, 3.4))
-colours = (plots.BLUE, plots.ORANGE)
-for (name, logits), colour in zip(STUDENTS.items(), colours, strict=True):
-    axes.plot(temperatures, ratios(logits, True), color=colour, label=name)
-    axes.plot(temperatures, ratios(logits, False), "--", color=colour)
+figure, axes = plt.subplots(figsize=(6.5, 3.2))
+for squared, colour, name, height in (
+    (True, plots.ORANGE, "with T²", 0.2),
+    (False, plots.BLUE, "without", 2e-4),
+):
+    row = ratios(STUDENTS["untrained student"], squared)
+    axes.plot(temperatures, row, color=colour, marker="o")
+    axes.text(64, height, name, color=colour)
+axes.axhline(1, color=plots.GREY, linewidth=0.8)
+axes.text(128, 1.3, "equal", color=plots.GREY, ha="right")
 axes.set_xscale("log", base=2)
 axes.set_xticks(temperatures, temperatures)
 axes.set_yscale("log")
-axes.axhline(1, color=plots.GREY, linewidth=0.8)
 axes.set_xlabel("temperature (log scale)")
-axes.set_ylabel("soft gradient / hard gradient")
-figure.suptitle("T² keeps the soft term in the sum", x=0.33)
-axes.text(128, 1.4, "with T²", ha="right", color="black")
-axes.text(24, 2e-4, "without", ha="right", color="black")
-axes.legend(frameon=False, loc="lower left")
+axes.set_ylabel("soft / hard gradient")
+axes.set_title("T² keeps the soft term in the sum", loc="left")
 plt.show()
 
 # %% [markdown]
 # With $T^2$ the contributions stay "roughly unchanged", say Hinton, Vinyals &
-# Dean (2015, arXiv:1503.02531, section 2). Roughly is the word. From $T = 16$ on
-# the ratio is constant, as derived. Below, where distributions are peaked, it
-# first rises and then falls tenfold. Without $T^2$ the soft term is lost: at
-# $T = 128$ one trains on labels and calls it distillation.
+# Dean (2015, arXiv:1503.02531, section 2). Roughly is the word. From $T = 16$
+# on the ratio is constant, as derived. Below, where distributions are peaked,
+# it first rises and then falls tenfold. Without $T^2$ the soft term is lost:
+# at $T = 128$ one trains on labels and calls it distillation.
 
 # %%
 print("largest ratio over smallest")
@@ -857,10 +858,10 @@ with torch.no_grad():
 print("at least 95 % right:", bool(right.float().mean() > 0.95))
 
 # %% [markdown]
-# ### What the teacher says about an 8
+# ### What a label does not say
 #
-# Among all training images that are no 3, where does the teacher see most of a
-# 3? At $T = 1$ there is little to see; at $T = 4$ the shape comes out.
+# Of all training images that are no 3, in which does the teacher see most of a
+# 3? These three:
 
 # %%
 others = train.labels != 3
@@ -883,6 +884,10 @@ for place, number in enumerate(chosen):
 figure.legend(frameon=False, loc="outside upper right", ncols=2, fontsize=9)
 axes[1].set_ylabel("probability")
 plt.show()
+
+# %% [markdown]
+# The label is one digit. The teacher's distribution says how much of a 3 is in
+# the image, and a higher temperature makes it say so more loudly.
 
 # %% [markdown]
 # ### A class that is missing
@@ -958,14 +963,15 @@ for shift, what, colour, label in (
     low = [value.mean - max(value.low, 0) for value in values]
     high = [min(value.high, 1) - value.mean for value in values]
     at = [place + shift for place in places]
-    bars = axes.bar(at, means, 0.36, color=colour, label=label)
+    axes.bar(at, means, 0.36, color=colour, label=label)
     axes.errorbar(at, means, [low, high], fmt="none", color="black", capsize=3)
 names = [f"soft targets\n{x}" if "T" in x else x for x in missing]
 axes.set_xticks(places, names)
+axes.text(-0.2, 0.02, "0", ha="center")
 axes.set_ylim(0, 1.05)
 axes.set_ylabel("threes told right")
 axes.set_title("Students who never saw a 3", loc="left")
-axes.legend(frameon=False, loc="upper left")
+axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
 
 # %% [markdown]
@@ -981,12 +987,13 @@ for row, values in missing.items():
 # %% [markdown]
 # ### Temperature by student size
 #
-# Now all classes, three widths, five temperatures, and no labels in the loss.
+# Now all classes, two widths, five temperatures, and no labels in the loss.
+# The errors are those on the 797 images that were not trained on.
 
 # %%
 table = summary["temperature"]
 ROWS = ["hard labels", *(f"T = {T}" for T in found["temperatures"])]
-print("share of errors on the test set, mean over seeds")
+print("share of errors, mean over seeds")
 print("width ", *(f"{row:>11}" for row in ROWS))
 for width, values in table.items():
     cells = (f"{values[row]['mean']:11.3f}" for row in ROWS)
@@ -997,8 +1004,8 @@ print(f"teacher {Interval(**summary['teacher'])}")
 figure, axes = plt.subplots(figsize=(6.5, 3.4))
 for (width, values), colour, mark in zip(
     table.items(),
-    (plots.GREY, plots.BLUE, plots.ORANGE),
-    ("v", "s", "o"),
+    (plots.BLUE, plots.ORANGE),
+    ("s", "o"),
     strict=True,
 ):
     intervals = [Interval(**values[row]) for row in ROWS[1:]]
