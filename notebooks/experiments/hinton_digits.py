@@ -32,7 +32,7 @@ from kdlib.ledger import mean_interval, provenance, write_json
 from kdlib.objective import Objective
 
 RESULT = Path(__file__).parents[1] / "results" / "hinton_digits.json"
-SEEDS = 8
+SEEDS = 6
 WIDTHS = (8, 64)
 TEMPERATURES = (1, 2, 4, 8, 20)
 FEW = (1, 4, 20)  # without the missing class

@@ -79,7 +79,8 @@ results = Path(kdlib.__file__).parents[1] / "notebooks" / "results"
 # $$\text{total} = (1 - w)\, T^2\, \mathrm{KL}\big(p_t^T \,\|\, p_s^T\big)
 #   + w\, \big(\!-\!\log p_s(y)\big),$$
 #
-# averaged over tokens. $p^T = \mathrm{softmax}(z / T)$; without a $T$ the
+# averaged over tokens. $z_t$ and $z_s$ are the two models' logits,
+# $p_t^T = \mathrm{softmax}(z_t / T)$, $p_s^T$ likewise, and without a $T$ the
 # temperature is 1. The first term is **soft**: it compares distributions. The
 # second is **hard**: it asks for the response itself. $w$ is the hard weight.
 #
@@ -239,10 +240,13 @@ for T in (10, 100, 1000, 10_000):
     error = T**2 * soft_gradient(zs, zt, T) - limit
     print(f"T = {T:6}  relative error {error.norm() / limit.norm():.4f}")
 assert error.norm() < 1e-2 * limit.norm()
+lengths = [soft_gradient(zs, zt, T).norm() for T in (10, 100, 1000)]
+print(f"from T = 10 to 100 {lengths[0] / lengths[1]:.0f} times shorter")
+print(f"from 100 to 1000   {lengths[1] / lengths[2]:.0f} times shorter")
 
 # %% [markdown]
-# The error falls tenfold when $T$ grows tenfold: it is of the order $1/T$. And
-# at $T = 10$ the formula is still far off. Real logits are not small.
+# The error falls tenfold when $T$ grows tenfold: it is of the order $1/T$. At
+# $T = 10$ the formula is still far off, because real logits are not small.
 #
 # ### What the balance does
 #
@@ -251,7 +255,7 @@ assert error.norm() < 1e-2 * limit.norm()
 
 # %%
 temperatures = [1, 2, 4, 8, 16, 32, 64, 128]
-labels = torch.nn.functional.one_hot(batch.response_ids, V)
+labels = F.one_hot(batch.response_ids, V)
 untrained = models.build(data.tokenizer, **phone.STUDENT, seed=0)
 STUDENTS = {
     "teacher without its instruction": zs,
@@ -297,8 +301,8 @@ plt.show()
 # With $T^2$ the contributions stay "roughly unchanged", say Hinton, Vinyals &
 # Dean (2015, arXiv:1503.02531, section 2). Roughly is the word. From $T = 16$
 # on the ratio is constant, as derived. Below, where distributions are peaked,
-# it first rises and then falls tenfold. Without $T^2$ the soft term is lost:
-# at $T = 128$ one trains on labels and calls it distillation.
+# it first rises and then falls tenfold and more. Without $T^2$ the soft term
+# is lost: at $T = 128$ one trains on labels and calls it distillation.
 
 # %%
 print("largest ratio over smallest")
