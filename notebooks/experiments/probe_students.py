@@ -23,7 +23,7 @@ from kdlib.features import linear_probe
 from kdlib.ledger import mean_interval, provenance, write_json
 
 RESULT = Path(__file__).parents[1] / "results" / "probe_students.json"
-SEEDS = 3
+SEEDS = 5
 TRAINED = (phone.HARD_TOKENS, phone.DISTILLED)
 
 
