@@ -11,25 +11,28 @@ machines better than milliseconds do.
 
 from __future__ import annotations
 
-import importlib
-import itertools
-import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from torch.autograd.profiler import profile
 
 from kdlib.divergences import get_divergence
 from kdlib.errors import ArgumentError
 from kdlib.fused import HAS_TRITON, Head, fused_divergence
 from kdlib.ledger import provenance, write_json
+from kdlib.measuring import (
+    MIB,
+    PeakMemory,
+    Unavailable,
+    check_place,
+    peer,
+    peer_versions,
+    synchronize,
+)
 
-MIB = 2**20
 LOGIT_STD = 3.0  # of both sides' logits: a spread like that of a trained model
 DIVERGENCES = ("forward_kl", "generalized_jsd", "reverse_kl", "skew_kl")
 # beta of the generalized JSD, the one family that the peers know
@@ -69,10 +72,6 @@ class Inputs:
         self.leaves = self.h_s.requires_grad_(), self.w_s.requires_grad_()
 
 
-class Unavailable(Exception):
-    """A method that cannot run here; the message is the reason to print."""
-
-
 # ----------------------------------------- the methods: each makes a () -> loss
 
 
@@ -105,7 +104,7 @@ def _compiled(x, divergence):
 
 def _trl(x, divergence):
     beta = _beta(divergence)
-    loss = _peer("trl.experimental.gkd", "GKDTrainer").generalized_jsd_loss
+    loss = peer("trl.experimental.gkd", "GKDTrainer").generalized_jsd_loss
 
     def run():
         student, teacher = x.h_s @ x.w_s.T, x.h_t @ x.w_t.T
@@ -117,7 +116,7 @@ def _trl(x, divergence):
 
 def _trl_chunked(x, divergence):
     beta = _beta(divergence)
-    function = _peer("trl.kernels.chunked_divergence", "ChunkedDivergenceFunction")
+    function = peer("trl.kernels.chunked_divergence", "ChunkedDivergenceFunction")
     inputs = (x.h_s, x.w_s, None, x.h_t, x.w_t, None, beta)
     return lambda: function.apply(*inputs)[0].mean()
 
@@ -126,13 +125,13 @@ def _liger(x, divergence):
     beta = _beta(divergence)
     if x.h_s.device.type != "cuda":
         raise Unavailable("its kernel needs CUDA")
-    loss = _peer("liger_kernel.transformers", "LigerFusedLinearJSD")(jsd_beta=beta)
+    loss = peer("liger_kernel.transformers", "LigerFusedLinearJSD")(jsd_beta=beta)
     return lambda: loss(x.h_s, x.w_s, x.h_t, x.w_t, None)
 
 
 def _liger_chunked(x, divergence):
     beta, cuda = _beta(divergence), x.h_s.device.type == "cuda"
-    loss = _peer("liger_kernel.chunked_loss", "LigerFusedLinearJSDLoss")(
+    loss = peer("liger_kernel.chunked_loss", "LigerFusedLinearJSDLoss")(
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=cuda
     )
     labels = torch.zeros(len(x.h_s), dtype=torch.long, device=x.h_s.device)
@@ -143,14 +142,6 @@ def _beta(divergence):
     if divergence not in BETA:
         raise Unavailable(f"has no {divergence}")
     return BETA[divergence]
-
-
-def _peer(module, name):
-    try:
-        return getattr(importlib.import_module(module), name)
-    except Exception as error:  # a peer may fail to import in ways of its own
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise Unavailable(f"cannot be imported ({reason})") from error
 
 
 METHODS = {
@@ -202,51 +193,23 @@ def _measure(method: str, divergence: str, size: Size, device: str, repeats: int
         run()  # so that compilation and the library's own workspace are not counted
         for leaf in x.leaves:
             leaf.grad = None
-    peak = _peak(run, device)
+    with PeakMemory(device) as peak:
+        run()
     times = []
     for _ in range(repeats):
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         run()
-        _synchronize(device)
+        synchronize(device)
         times.append(time.perf_counter() - start)
     row = {"ms": round(1e3 * statistics.median(times), 2)}
-    row["peak_mib"] = None if peak is None else round(peak / MIB)
+    row["peak_mib"] = None if peak.above is None else round(peak.above / MIB)
     if method != "floor":
         if device == "cpu":  # the reference at full size would outlast all else
             x = Inputs(replace(size, rows=min(size.rows, 16)), device)
             _step(method, divergence, x)()
         row["gradient_error"] = float(f"{_gradient_error(x, divergence):.2g}")
     return row
-
-
-def _synchronize(device) -> None:
-    if device != "cpu":
-        getattr(torch, device).synchronize()
-
-
-def _peak(run: Callable[[], None], device: str) -> int | None:
-    """The most bytes of tensors that one run has at a time, above those it began with.
-
-    Counted, not read off the process: what a process holds on a CPU depends on what
-    the C library keeps of freed memory and what other processes leave it.
-    """
-    if device == "cpu":
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports every start
-        with profile(profile_memory=True) as seen:
-            run()
-        events = sorted(
-            seen.kineto_results.events(), key=lambda event: event.start_ns()
-        )
-        sizes = (event.nbytes() for event in events if event.name() == "[memory]")
-        return max(itertools.accumulate(sizes, initial=0))
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    run()
-    return None
 
 
 def _gradient_error(x: Inputs, divergence: str) -> float:
@@ -297,17 +260,10 @@ def bench_loss(
     divergence, or an `out` that is a folder.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    named = [("device", device, SIZES), *(("method", m, METHODS) for m in methods)]
-    for name, value, known in named:
-        if value not in known:
-            raise ArgumentError(f"{name} = {value!r}", f"choose from {list(known)}")
-    if device != "cpu" and not getattr(torch, device).is_available():
-        raise ArgumentError(
-            f"device = {device!r}, which torch does not find here",
-            'choose "cpu", or run this where the device is',
-        )
-    if out is not None and Path(out).is_dir():  # said before the minutes, not after
-        raise ArgumentError(f"out = {str(out)!r} is a folder", "name a file in it")
+    check_place(device, SIZES, out)
+    for method in methods:
+        if method not in METHODS:
+            raise ArgumentError(f"method = {method!r}", f"choose from {list(METHODS)}")
     divergences = divergences or DIVERGENCES[: 2 if device == "cpu" else None]
     for divergence in divergences:
         get_divergence(divergence)
@@ -328,7 +284,8 @@ def bench_loss(
             rows.append(row)
             log(_line(row))
     command = command or f"python -m kdlib bench loss --device {device}"
-    result = provenance(command) | _peer_versions()
+    result = provenance(command)
+    result |= peer_versions("triton", "trl", "liger-kernel")
     if device != "cuda" and torch.cuda.is_available():
         result["device"] = device
     result |= {
@@ -342,16 +299,6 @@ def bench_loss(
     if out is not None:
         write_json(out, result)
     return result
-
-
-def _peer_versions() -> dict[str, str]:
-    found = {}
-    for package in ("triton", "trl", "liger-kernel"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _targets(rows, device) -> list[dict]:

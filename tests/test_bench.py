@@ -8,6 +8,7 @@ import torch
 from kdlib import bench
 from kdlib.bench import Size, bench_loss, table
 from kdlib.errors import ArgumentError
+from kdlib.measuring import PeakMemory, tensor_bytes
 
 SMALL = Size(4, 3, 5, 50)
 
@@ -57,8 +58,21 @@ def test_memory_is_the_most_at_a_time_and_not_the_sum():
         return third + 1
 
     kept = torch.ones(2**22)
-    assert bench._peak(run, "cpu") == pytest.approx(2 * 2**20, abs=1000)
-    assert bench._peak(lambda: kept.add_(1), "cpu") < 1000
+    with PeakMemory("cpu") as peak:
+        run()
+    assert peak.above == pytest.approx(2 * 2**20, abs=1000)
+    with PeakMemory("cpu") as peak:
+        kept.add_(1)
+    assert peak.above < 1000
+
+
+def test_bytes_of_all_tensors_count_shared_memory_once():
+    before = tensor_bytes("cpu")
+    kept = torch.ones(2**20)
+    view = kept[1:]
+    assert tensor_bytes("cpu") - before == 4 * 2**20
+    del kept, view
+    assert tensor_bytes("cpu") == before
 
 
 def test_what_cannot_run_says_why(result):
