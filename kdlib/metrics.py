@@ -119,6 +119,18 @@ def flops_per_token(model, length: float, *, training: bool) -> float:
     return forward + backward if training else forward
 
 
+def step_flops(
+    student, tokens: int, rows: int, teacher=None, teacher_tokens: int = 0
+) -> float:
+    """FLOPs of a training step: the student's forward and backward pass over `tokens`
+    in `rows` rows, and the forward pass of a teacher that is a model."""
+    flops = tokens * flops_per_token(student, tokens / rows, training=True)
+    if teacher is not None:
+        once = flops_per_token(teacher, teacher_tokens / rows, training=False)
+        flops += teacher_tokens * once
+    return flops
+
+
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """The device's 16-bit peak in FLOP/s, or None where it is not known."""
     if device.type != "cuda" or precision == "fp32":

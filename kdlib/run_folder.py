@@ -16,7 +16,7 @@ from kdlib import checkpoints
 from kdlib.distributed import ALONE, Ranks
 from kdlib.gradients import StepLoss, StudentLoss
 from kdlib.lock import only_process_in
-from kdlib.metrics import Record, flops_per_token, peak_flops, peak_memory
+from kdlib.metrics import Record, peak_flops, peak_memory, step_flops
 from kdlib.settings import MAY_CHANGE, TrainConfig
 from kdlib.teachers import LiveTeacher
 from kdlib.training_state import TrainingState, check_same
@@ -88,21 +88,18 @@ class RunFolder:
             "peak_memory": peak_memory(device),
         }
         peak = peak_flops(device, self.loss_of.precision.name)
+        seconds = None
         if peak is not None:
-            peak = self._flops(found) / (peak * self.ranks.world)
-        self.record.write(step, line, tokens=found.tokens, seconds_at_peak=peak)
-
-    def _flops(self, found: StepLoss) -> float:
-        """Of the step: the student's forward and backward pass, a live teacher's
-        forward pass."""
-        student, teacher = self.loss_of.student, self.loss_of.teacher
-        length = found.tokens / found.rows
-        flops = found.tokens * flops_per_token(student, length, training=True)
-        if isinstance(teacher, LiveTeacher):
-            length = found.teacher_tokens / found.rows
-            once = flops_per_token(teacher.model, length, training=False)
-            flops += found.teacher_tokens * once
-        return flops
+            teacher = self.loss_of.teacher
+            live = teacher.model if isinstance(teacher, LiveTeacher) else None
+            seconds = step_flops(
+                self.state.student,
+                found.tokens,
+                found.rows,
+                live,
+                found.teacher_tokens,
+            ) / (peak * self.ranks.world)
+        self.record.write(step, line, tokens=found.tokens, seconds_at_peak=seconds)
 
     def close(self) -> None:
         if self.record is not None:
