@@ -101,12 +101,19 @@ def main(argv: list[str] | None = None) -> int:
     law.add_argument("--json", action="store_true", help="JSON on stdout")
     law.set_defaults(run=laws)
 
-    bench = commands.add_parser("bench", help="time the fused loss and its rivals")
-    bench.add_argument("what", choices=["loss"])
-    bench.add_argument("--device", help="cuda, mps or cpu")
-    bench.add_argument("--out", help="write the result to this file as JSON")
-    bench.add_argument("--json", action="store_true", help="JSON on stdout")
-    bench.set_defaults(run=bench_loss)
+    bench = commands.add_parser("bench", help="time kdlib and its rivals")
+    benches = bench.add_subparsers(dest="what", required=True)
+    loss = benches.add_parser("loss", help="the fused loss: cuda, mps or cpu")
+    loss.set_defaults(run=bench_loss)
+    loop = benches.add_parser("train", help="the training loop: cuda or cpu")
+    loop.add_argument("--preset", help="shapes: issue (a GPU's default) or small")
+    loop.add_argument("--steps", type=int, help="timed steps in a round")
+    loop.add_argument("--rounds", type=int, help="how often all rows take their turn")
+    loop.set_defaults(run=bench_train)
+    for kind in (loss, loop):
+        kind.add_argument("--device")
+        kind.add_argument("--out", help="write the result to this file as JSON")
+        kind.add_argument("--json", action="store_true", help="JSON on stdout")
 
     claim = commands.add_parser(
         "ledger", help="list the course's claims, or run one's experiment again"
@@ -226,12 +233,21 @@ def laws(arguments) -> int:
 def bench_loss(arguments) -> None:
     from kdlib import bench
 
-    result = bench.bench_loss(
-        arguments.device,
-        out=arguments.out,
-        log=lambda line: print(line, file=sys.stderr),
-    )
+    result = bench.bench_loss(arguments.device, out=arguments.out, log=to_stderr)
     print(json.dumps(result) if arguments.json else bench.table(result))
+
+
+def bench_train(arguments) -> None:
+    from kdlib import bench_train
+
+    names = ("preset", "steps", "rounds", "out")
+    given = {name: getattr(arguments, name) for name in names}
+    result = bench_train.bench_train(
+        arguments.device,
+        **{name: value for name, value in given.items() if value is not None},
+        log=to_stderr,
+    )
+    print(json.dumps(result) if arguments.json else bench_train.table(result))
 
 
 def ledger(arguments) -> int:

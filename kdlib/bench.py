@@ -24,6 +24,7 @@ from kdlib.errors import ArgumentError
 from kdlib.fused import HAS_TRITON, Head, fused_divergence
 from kdlib.ledger import provenance, write_json
 from kdlib.measuring import (
+    LOGIT_STD,
     MIB,
     PeakMemory,
     Unavailable,
@@ -33,7 +34,6 @@ from kdlib.measuring import (
     synchronize,
 )
 
-LOGIT_STD = 3.0  # of both sides' logits: a spread like that of a trained model
 DIVERGENCES = ("forward_kl", "generalized_jsd", "reverse_kl", "skew_kl")
 # beta of the generalized JSD, the one family that the peers know
 BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "generalized_jsd": 0.5}

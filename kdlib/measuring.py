@@ -15,6 +15,7 @@ from torch.autograd.profiler import profile
 from kdlib.errors import ArgumentError
 
 MIB = 2**20
+LOGIT_STD = 3.0  # of random logits: a spread like that of a trained model
 
 
 class Unavailable(Exception):
