@@ -92,7 +92,9 @@ def bench_train(
     for name, value, known in named:
         if value not in known:
             raise ArgumentError(f"{name} = {value!r}", f"choose from {list(known)}")
-    name, preset = preset, PRESETS.get(preset, preset)
+    name, preset = (
+        (preset, PRESETS[preset]) if isinstance(preset, str) else ("own", preset)
+    )
     steps = preset.steps if steps is None else steps
     for what, value in (("steps", steps), ("rounds", rounds)):
         if value < 1:
@@ -101,6 +103,8 @@ def bench_train(
     command = command or f"python -m kdlib bench train --device {device}"
     about = provenance(command)
     about |= peer_versions("triton", "trl", "liger-kernel", "accelerate")
+    if device != "cuda" and torch.cuda.is_available():
+        about["device"] = device
     about |= {"preset": name, "shapes": asdict(preset), "warm_up": WARM_UP}
     about |= {"steps": steps, "rounds": rounds}
     judged = device == "cuda" and name == "issue"

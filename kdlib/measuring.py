@@ -106,8 +106,9 @@ def tensor_bytes(device: str) -> int:
         return torch.cuda.memory_allocated()
     storages = {}
     for thing in gc.get_objects():
-        # Not isinstance: it would ask the proxies that other libraries keep.
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
+        # Of these types themselves: a compiler's stand-ins for tensors have no memory.
+        real = type(thing) in (torch.Tensor, torch.nn.Parameter)
+        if real and thing.device.type == "cpu":
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

@@ -5,9 +5,14 @@ know how any of them works, nor how rows are compared (bench_train.py).
 
 What is fair here. All tokens of a row but the first few are response tokens: long
 prompts would favour kdlib, which projects responses alone. Nobody recomputes
-activations; all have float32 weights under autocast, a teacher in 16 bits on a GPU, and
-a fused AdamW. kdlib trains without a folder: no checkpoint, no metrics file. Weights
-and tokens are random, which changes no product and no memory.
+activations, and all have a fused AdamW and a teacher in 16 bits on a GPU. kdlib trains
+without a folder: no checkpoint, no metrics file. Weights and tokens are random, which
+changes no product and no memory.
+
+Float32 weights under autocast take 8 bytes a parameter more than weights in bfloat16,
+and their residual stream twice the memory. kdlib keeps them, because an update too
+small for 16 bits is lost. GKDTrainer's rows are in bfloat16, as quick and small as it
+gets; one row has kdlib's float32 weights.
 """
 
 from __future__ import annotations
@@ -52,7 +57,8 @@ WARM_UP = 3  # steps: compilation, the choice of kernels, the optimiser's state
 @dataclass(frozen=True)
 class Preset:
     """Shapes: Qwen3Config's arguments for both models, rows of `length` tokens each, of
-    which `prompt` are not trained on, and the k of cached targets."""
+    which `prompt` are not trained on, and the k of cached targets. precision: as
+    TrainConfig's."""
 
     student: dict
     teacher: dict
@@ -62,6 +68,7 @@ class Preset:
     prompt: int = 8
     k: int = 64
     steps: int = 20
+    precision: str = "auto"
 
 
 def _qwen3(hidden: int, intermediate: int, layers: int, heads: int, head_dim: int):
@@ -130,7 +137,7 @@ class Run:
 
     def __init__(self, preset: Preset, device: str, steps: int):
         self.preset, self.device = preset, device
-        self.precision = Precision.choose("auto", torch.device(device))
+        self.precision = Precision.choose(preset.precision, torch.device(device))
         self.clock = Clock(device, steps)
         self.student = self._model(preset.student, seed=1)
         self.teacher = self._model(preset.teacher, seed=2)
@@ -148,6 +155,7 @@ class Run:
             steps=self.clock.total,
             batch_size=preset.batch,
             learning_rate=1e-4,
+            precision=preset.precision,
             fused=True,
         )
         rng = torch.Generator().manual_seed(0)
@@ -241,11 +249,15 @@ def _cached(run: Run, folder: Path) -> None:
     )
 
 
-def _trl(run: Run, folder: Path, **settings) -> None:
+def _trl(run: Run, folder: Path, float32: bool = False, **settings) -> None:
     """GKDTrainer off-policy, with the forward KL, on rows that are tokenised already.
 
     Its own default recomputes activations and tokenises in the loop: slower, both.
     """
+    if float32 and run.precision.name != "bf16":
+        raise Unavailable("all rows have float32 weights here")
+    if run.precision.name == "bf16" and not float32:
+        run.student.to(torch.bfloat16)
     trainer_class = peer("trl.experimental.gkd", "GKDTrainer")
     arguments = peer("trl.experimental.gkd", "GKDConfig")(
         output_dir=str(folder),
@@ -322,6 +334,7 @@ class Row:
 ROWS = {
     "plain torch": Row(_plain),
     "TRL GKDTrainer": Row(_trl),
+    "TRL GKDTrainer, float32": Row(partial(_trl, float32=True)),
     "TRL GKDTrainer, Liger": Row(_liger),
     "TRL GKDTrainer, compiled": Row(partial(_trl, torch_compile=True)),
     "kdlib": Row(_kdlib),
