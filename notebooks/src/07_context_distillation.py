@@ -774,33 +774,29 @@ for task in cut:
         print(f"{name:28}{last:8.3f}{on_d:11.2f}{on_dp:11.2f}")
 
 # %%
-figure, panels = plt.subplots(1, 2, figsize=(8.2, 2.9))
+figure, axes = plt.subplots(figsize=(6, 2.6))
 for task, colour in zip(cut, (plots.GREY, plots.ORANGE), strict=True):
     runs = [r for r in found["runs"] if r["row"] == f"{task}, on D"]
-    curve = torch.tensor([run["loss"] for run in runs]).mean(0)
-    panels[0].plot(curve, color=colour, label=task.removeprefix("cut, "))
-panels[0].set_title("loss in training, on D", loc="left", fontsize=10)
-panels[0].set_xlabel("step")
-panels[0].set_ylabel("nats a token")
-panels[0].legend(frameon=False, fontsize=9)
+    losses = torch.tensor([run["loss"] for run in runs]).mean(0)
+    axes.plot(losses, color=colour, label=task.removeprefix("cut, "))
+axes.set(xlabel="step", ylabel="nats a token")
+axes.set_title("Trained on D: the loss falls", loc="left")
+axes.legend(frameon=False, fontsize=9)
+plt.show()
+
+# %%
+figure, axes = plt.subplots(figsize=(6, 2.8))
 for i, task in enumerate(cut):
     for way, colour, dx in (("D", plots.GREY, -0.2), ("D'", plots.BLUE, 0.2)):
         value = found["rows"][f"{task}, on {way}"]["exact"]
         bar = [[value["mean"] - value["low"]], [value["high"] - value["mean"]]]
-        panels[1].bar(
-            i + dx,
-            value["mean"],
-            0.36,
-            yerr=bar,
-            color=colour,
-            capsize=3,
-            label=f"trained on {way}" if i == 0 else None,
-        )
-panels[1].set_xticks([0, 1], [task.removeprefix("cut, ") for task in cut])
-panels[1].set_title("exact match, served on D'", loc="left", fontsize=10)
-panels[1].set_ylim(0, 1.4)
-panels[1].set_yticks([0, 0.5, 1])
-panels[1].legend(frameon=False, fontsize=9, loc="upper left", ncols=2)
+        label = f"trained on {way}" if i == 0 else None
+        look = {"color": colour, "capsize": 3, "label": label}
+        axes.bar(i + dx, value["mean"], 0.36, yerr=bar, **look)
+axes.set_xticks([0, 1], [task.removeprefix("cut, ") for task in cut])
+axes.set(ylim=(0, 1.15), yticks=[0, 0.5, 1], ylabel="answered exactly")
+axes.set_title("Served on D'", loc="left")
+axes.legend(frameon=False, fontsize=9, loc="upper left", ncols=2)
 plt.show()
 
 # %% [markdown]
@@ -817,10 +813,9 @@ for name in ("context-on-d-prime", "context-on-d-prime-tags"):
 # read instructions. No input ever had a tag. What a tag means was never
 # trained.
 #
-# **One context**: on $D'$ the student answers about half, though it was never
-# trained without its instruction. Five seeds do not show that training on $D'$
-# is better. If you predicted a low number here, look at what the loss could
-# see.
+# **One context**: on $D'$ the student answers half of the inputs, though it
+# was never trained without its instruction. Training on $D'$ wins far less
+# here. If you predicted a low number, look at what the loss could see.
 
 # %% [markdown]
 # ### Why one context is forgiving
