@@ -894,11 +894,13 @@ for name, claim in claims.load().items():
 # Read them with the table.
 #
 # - One line of instruction moves into the weights within 32 small steps.
-# - Four vectors, 640 numbers in all, hold it too.
+# - Four vectors, 640 numbers in all, hold it even better after as many steps,
+#   each with its own learning rate. They leave the rest of the network alone.
 # - A tag in place of three instructions removes the floor. That is the price
 #   list of $c'$: a few tokens a request against a floor.
-# - Hard labels: this teacher is nearly sure of its answers, so its
-#   distributions say little more than the answers do. SmolLM2's say more.
+# - No difference from hard labels is shown. With its context this teacher
+#   answers every test input exactly: it is in little doubt that could be
+#   handed on.
 
 # %% [markdown]
 # ### SmolLM2-135M-Instruct
@@ -916,8 +918,9 @@ for name in ("hard labels, equal tokens", "distilled"):
     print(f"{name:27} KL {value:.3f}, recovery {1 - value / gain:5.2f}")
 
 # %% [markdown]
-# On hard labels the KL did not fall: the student became sure of the words that
-# it had read. Chapter 1 showed why the distributions hold more.
+# In this run the KL did not fall on hard labels, and fell to a seventh with the
+# distributions. SmolLM2 has more than one way to say a thing, so there is more
+# in them than in one answer. One seed shows no more than that it can be so.
 
 # %% [markdown]
 # ## Exercises
