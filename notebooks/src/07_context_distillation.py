@@ -918,9 +918,10 @@ for name in ("hard labels, equal tokens", "distilled"):
     print(f"{name:27} KL {value:.3f}, recovery {1 - value / gain:5.2f}")
 
 # %% [markdown]
-# In this run the KL did not fall on hard labels, and fell to a seventh with the
-# distributions. SmolLM2 has more than one way to say a thing, so there is more
-# in them than in one answer. One seed shows no more than that it can be so.
+# In this run the KL did not fall on hard labels, and fell to a seventh with
+# the distributions. SmolLM2 has more than one way to say a thing, so there is
+# more in them than in one answer. One seed shows no more than that it can be
+# so.
 
 # %% [markdown]
 # ## Exercises
