@@ -46,7 +46,7 @@ class Recovery:
                  most log K nats
     floor_above: the mixture without the response's own context. If the contexts are a
                  sample, it is too high on average, so the truth lies between the two
-                 (Poole et al. 2019, arXiv 1905.06922, eqs. 10 and 13). None for one
+                 (Poole et al. 2019, arXiv 1905.06922, section 2). None for one
                  context
     kl, recovery: None without a student; recovery also where gain - floor is not clear
                  of zero: there is nothing to take in
