@@ -40,7 +40,8 @@ def only_process_in(folder: Path) -> Iterator[None]:
     Raises StorageError, naming the process that has the lock, or where the folder
     cannot be written.
     """
-    mine = folder.resolve(), threading.get_ident()
+    folder = folder.resolve()  # the working directory may change meanwhile
+    mine = folder, threading.get_ident()
     if mine in _held:
         yield
         return

@@ -639,7 +639,7 @@ def test_a_place_that_is_no_cache_is_refused(teacher, collator, examples, tmp_pa
     (tmp_path / "full" / "thesis.txt").write_text("years of work")
     before = disk(tmp_path)
     for place, error, match in (
-        ("file", StorageError, "not a folder to write to"),
+        ("file", StorageError, "cannot write to"),
         ("file/c", StorageError, "cannot write to|not a folder"),
         ("full", DataError, "not empty and not a cache .it holds thesis.txt"),
     ):
