@@ -1,0 +1,31 @@
+"""The doctor: from a batch, or from a run's metrics, to the likely cause.
+
+    examine_batch(student, batch, objective, teacher=.., loss=..)   batch.py
+    examine_run(folder)                                             run.py
+    report(findings)                                                finding.py
+
+A distillation that is wrong trains all the same: the loss is finite and falls. So the
+doctor does not ask whether it falls. Of a batch it asks what each model read, which
+positions get a gradient, and whether that is the gradient of the declared objective; of
+a run, whether its numbers can be those of a healthy one. It answers with findings:
+symptom, evidence, likely cause, remedy; or with none.
+
+Every fault that it can name stands in catalogue.py, every line that it draws in
+thresholds.py.
+"""
+
+from __future__ import annotations
+
+from kdlib.doctor.batch import examine_batch
+from kdlib.doctor.catalogue import CATALOGUE
+from kdlib.doctor.finding import NOTHING, Finding, report
+from kdlib.doctor.views import from_labels
+
+__all__ = [
+    "CATALOGUE",
+    "NOTHING",
+    "Finding",
+    "examine_batch",
+    "from_labels",
+    "report",
+]

@@ -1,0 +1,58 @@
+"""What the doctor says: a finding, and how findings are printed."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kdlib.doctor.catalogue import CATALOGUE
+
+NOTHING = "Nothing found."
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault, as far as it can be seen from outside.
+
+    name:     of the cause, a key of the catalogue
+    symptom:  what is wrong, in general
+    evidence: the numbers that were measured here
+    cause:    what makes it most likely
+    remedy:   what to do about it
+    seen:     where this fault was met before
+    """
+
+    name: str
+    symptom: str
+    evidence: str
+    cause: str
+    remedy: str
+    seen: str = ""
+
+
+def found(name: str, evidence: str) -> Finding:
+    """The finding of that name, with what was measured. There is none without."""
+    ailment = CATALOGUE[name]
+    return Finding(
+        name, ailment.symptom, evidence, ailment.cause, ailment.remedy, ailment.seen
+    )
+
+
+def report(findings: Sequence[Finding]) -> str:
+    """Findings as text for a terminal, or "Nothing found."."""
+    if not findings:
+        return NOTHING
+    parts = []
+    for number, finding in enumerate(findings, 1):
+        lines = [f"{number}. {finding.symptom} [{finding.name}]"]
+        for label in ("evidence", "cause", "remedy", "seen"):
+            if text := getattr(finding, label):
+                lines += textwrap.wrap(
+                    text,
+                    88,
+                    initial_indent=f"   {label:9} ",
+                    subsequent_indent=" " * 13,
+                )
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)

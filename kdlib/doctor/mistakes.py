@@ -1,0 +1,151 @@
+"""The mistakes that are known, each with the gradient that it would give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from kdlib.doctor.closed_form import LEAST, Question, known, multiple
+from kdlib.loss_under_test import FORMULAS
+
+
+def mistakes(q: Question, expected) -> Iterator[tuple[str, str, float, float]]:
+    """(name, words, factor, gap) of every mistake that is one here."""
+    for name, words, wrong in candidates(q):
+        mistaken = known(q, **wrong)
+        norm = float((mistaken * mistaken).sum())
+        if not norm > 0:
+            continue
+        scale = float((expected * mistaken).sum()) / norm
+        least = LEAST * float(q.weights.norm())
+        apart = float((expected - scale * mistaken).norm())
+        if apart <= q.tolerance * max(float(expected.norm()), least):
+            continue  # the same as what is right, on this batch
+        yield name, words, *multiple(q, mistaken)
+
+
+def candidates(q: Question) -> Iterator[tuple[str, str, dict]]:
+    objective, t = q.objective, q.objective.temperature
+    for name, weights in q.others.items():
+        yield name, name.replace("_", " "), {"weights": weights}
+    if 0 < objective.hard_weight < 1:
+        swapped = {"hard_weight": 1 - objective.hard_weight}
+        yield "hard_weight_swapped", "the two weights swapped", swapped
+        for name, scale in (("t2_missing", 1.0), ("t_for_t2", t), ("t2_squared", t**4)):
+            yield name, f"a soft term times {scale:g}", {"soft_scale": scale}
+        yield "t2_on_hard_labels", "T^2 on both terms", {"hard_scale": t**2}
+        yield "hard_weight_ignored", "the soft term alone", {"hard_weight": 0.0}
+    if objective.hard_weight > 0:
+        yield "hard_labels_softened", "hard labels at T", {"t_hard": t}
+    if not q.dense or objective.hard_weight == 1:
+        return
+    own = FORMULAS[objective.divergence]
+    params = objective.divergence_params
+    yield (
+        "direction_swapped",
+        "the arguments swapped",
+        {"formula": lambda p, q: own(q, p, **params)},
+    )
+    for words, wrong in {
+        "a teacher that is softened alone": {"t_student": 1.0},
+        "a student that is softened alone": {"t_teacher": 1.0},
+    }.items():
+        yield "temperature_on_one_side", words, wrong
+    ignored = {"t_student": 1.0, "t_teacher": 1.0}
+    yield "temperature_ignored", "both at temperature 1", ignored
+    for name, words, formula in (
+        (
+            "probabilities_for_logs",
+            "-sum p_t p_s",
+            lambda p, q: -(p * q).sum(-1),
+        ),
+        (
+            "clamped_log_probs",
+            "log p_s clamped at -10",
+            lambda p, q: -(p * q.log().clamp_min(-10)).sum(-1),
+        ),
+        (
+            "softmax_twice",
+            "a teacher's softmax taken twice",
+            lambda p, q: own(p.softmax(-1), q, **params),
+        ),
+        (
+            "softmax_twice",
+            "a student's softmax taken twice",
+            lambda p, q: own(p, q.softmax(-1), **params),
+        ),
+        (
+            "argmax_for_distribution",
+            "the teacher's likeliest token",
+            lambda p, q: -q.log().gather(-1, p.argmax(-1, keepdim=True))[:, 0],
+        ),
+    ):
+        yield name, words, {"formula": formula}
+    for words, targets in q.moved.items():
+        yield "teacher_shifted", words, {"targets": targets}
+    if q.logits.shape[-1] != q.targets.shape[-1]:
+        yield "vocabulary_padded", "columns padded with the logit 0", {"padded": True}
+    for name, formula in FORMULAS.items():
+        if name != objective.divergence:
+            yield "another_divergence", name, {"formula": formula}
+
+
+# --- Gradients that are told by their shape ---
+
+
+def sampled_token(q: Question) -> tuple[str, str] | None:
+    """Every row a multiple of onehot(y) - p_s: one token's log-probability alone.
+
+    With a the multiple, 1 - p_t(y) / p_s(y) is k3's, log p_s(y) - log p_t(y) that of k2
+    and of the score function, whose expectation over y from p_s is reverse KL's.
+    """
+    if not q.dense or q.logits.shape[-1] > q.targets.shape[-1]:
+        return None
+    log_ps = q.logits.log_softmax(-1)
+    log_pt = q.targets.double()[:, : log_ps.shape[-1]].log_softmax(-1)
+    chosen = q.ids[:, None]
+    slope = torch.zeros_like(log_ps).scatter(-1, chosen, 1.0) - log_ps.exp()
+    a = (q.gradient * slope).sum(-1) / (slope * slope).sum(-1).clamp_min(1e-30)
+    left = float((q.gradient - a[:, None] * slope).norm() / q.gradient.norm())
+    if left > q.tolerance:
+        return None
+    ratio = (log_ps - log_pt).gather(-1, chosen)[:, 0]
+
+    def fits(values) -> bool:
+        return float((a / q.weights - values).norm() / values.norm()) <= q.tolerance
+
+    if q.objective.divergence == "reverse_kl" and fits(ratio):
+        return None  # an unbiased estimate of it
+    if fits(1 - (-ratio).exp()):
+        return "k3_gradient", "each token's gradient is 1 - p_t(y) / p_s(y) times that"
+    return "sampled_token_only", "only the response token's own log-probability moves"
+
+
+def top_k(q: Question) -> tuple[str, str] | None:
+    """Forward KL from the teacher's k best tokens alone, at temperature 1.
+
+    Renormalised, the gradient is zero elsewhere. Cut off, it is c p_s elsewhere, with c
+    the teacher's mass on the k tokens.
+    """
+    if not q.dense or q.objective.divergence != "forward_kl":
+        return None
+    vocab = min(q.logits.shape[-1], q.targets.shape[-1])
+    g, t = q.gradient[:, :vocab], q.objective.temperature
+    touched = (g != 0).sum(-1)
+    k = int(touched.max())
+    if k < vocab // 2 and bool((touched == k).all()):
+        return (
+            "top_k_renormalised",
+            f"{k} of {vocab} columns get gradient at each token",
+        )
+    p_s, p_t = ((x.double()[:, :vocab] / t).softmax(-1) for x in (q.logits, q.targets))
+    order = p_t.sort(-1, descending=True)
+    for k in range(1, min(vocab // 2, 1024) + 1):
+        kept = torch.zeros_like(p_t).scatter(-1, order.indices[:, :k], 1.0) * p_t
+        expected = (kept.sum(-1, keepdim=True) * p_s - kept) * q.weights[:, None]
+        factor = float((g * expected).sum() / (expected * expected).sum())
+        if float((g - factor * expected).norm() / g.norm()) <= q.tolerance:
+            mass = float(kept.sum(-1).mean())
+            return "top_k_tail_cut", f"as from {k} tokens with {mass:.3f} of the mass"
+    return None
