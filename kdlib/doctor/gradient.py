@@ -24,16 +24,17 @@ def examine_closed_form(q: Question) -> list[Finding]:
         evidence = f"the gradient is {factor:.4g} times that of the closed form{also}"
         return [found(name, evidence)]
     said = f"off by {off:.2g} from the closed form"
-    best = min(mistakes(q, expected), key=lambda m: m[3], default=None)
-    if best is not None and best[3] <= q.tolerance:
-        name, words, factor, left = best
+    fits = [m for m in mistakes(q, expected) if m[3] <= q.tolerance]
+    if fits:
+        # One that fits as it is explains more than one that fits but for a factor.
+        name, words, factor, left = min(fits, key=lambda m: abs(m[2] - 1) > q.tolerance)
         if name == "micro_batch_means" and factor > 1.5:
             name = "micro_batches_added"
         evidence = f"{said}, and by {left:.1g} from {factor:.3g} times that of {words}"
         return [found(name, evidence)]
     if special := sampled_token(q) or top_k(q):
         name, words = special
-        return [found(name, f"{said}; {words}")]
+        return [found(name, f"{said}; {words}")] if name else []
     extra = q.gradient[:, q.targets.shape[-1] :] if q.dense else q.gradient[:, :0]
     if extra.any() and q.objective.hard_weight == 0:
         evidence = f"{extra.shape[-1]} columns that the teacher lacks get gradient"

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def examine_positions(
     view: View, read: Reading, alive: Bool[Tensor, "B T"] | None = None
 ) -> list[Finding]:
-    """alive: where the declared loss has a gradient, by default at every response token:
-    where student and teacher agree to the last bit, none is missing.
+    """alive: where the declared loss has a gradient, by default at every response
+    token; where student and teacher agree to the last bit, none is missing.
     """
     due = predicting(view)
     alive = due if alive is None else alive & due

@@ -60,7 +60,18 @@ def examine_teacher(
         evidence = f"a gradient of norm {seen.teacher_gradient:.3g} reaches its logits"
         findings.append(found("teacher_gets_gradient", evidence))
     full = _ask(module, view) if read is None else read.logits
-    return findings, Answer(view.select(full), full, view)
+    return findings, Answer(_answer(view.select(full), seen.targets), full, view)
+
+
+def _answer(logits, targets: list):
+    """What the loss got, if it is the model's own word on the response tokens, perhaps
+    with fewer columns or k entries; else that word, which the loss should have got."""
+    given = targets[0] if targets else logits
+    if isinstance(given, SparseTargets):
+        return given
+    width = given.shape[-1]
+    same = given.shape == logits[:, :width].shape
+    return given if same and torch.allclose(given, logits[:, :width]) else logits
 
 
 def _mode(module, seen: Seen) -> list[Finding]:

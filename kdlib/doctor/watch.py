@@ -43,7 +43,7 @@ class Seen:
     value:     of the loss
     student:   its forward passes; gradients: with respect to the logits of each
     teacher:   the teacher's; teacher_gradient: the norm of what reaches its logits
-    targets:   what a teacher without a model of its own answered
+    targets:   what its `targets` answered, where it has that method
     differentiable: whether the loss carries a gradient at all
     """
 
@@ -73,10 +73,12 @@ def run(loss: Loss, student, batch: PairedBatch, teacher=None, change=False) -> 
         torch.manual_seed(0)
         stack.enter_context(torch.enable_grad())
         stack.enter_context(watched(student, said))
-        if module := model_of(teacher):
+        module = model_of(teacher)
+        if module is not None:
             stack.enter_context(watched(module, answers, change))
-        elif teacher is not None:
-            stack.enter_context(overheard(teacher, targets, change))
+        if hasattr(teacher, "targets"):
+            turn = change and module is None
+            stack.enter_context(overheard(teacher, targets, turn))
         value = loss(student, batch)
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         raise ArgumentError(
