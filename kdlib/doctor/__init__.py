@@ -10,22 +10,23 @@ positions get a gradient, and whether that is the gradient of the declared objec
 a run, whether its numbers can be those of a healthy one. It answers with findings:
 symptom, evidence, likely cause, remedy; or with none.
 
-Every fault that it can name stands in catalogue.py, every line that it draws in
-thresholds.py.
+Every fault that it can name stands in kdlib/data/doctor.toml, every line that
+it draws in thresholds.py.
 """
 
 from __future__ import annotations
 
 from kdlib.doctor.batch import examine_batch
-from kdlib.doctor.catalogue import CATALOGUE
-from kdlib.doctor.finding import NOTHING, Finding, report
+from kdlib.doctor.finding import NOTHING, Finding, catalogue, report
+from kdlib.doctor.run import examine_run
 from kdlib.doctor.views import from_labels
 
 __all__ = [
-    "CATALOGUE",
     "NOTHING",
     "Finding",
+    "catalogue",
     "examine_batch",
+    "examine_run",
     "from_labels",
     "report",
 ]

@@ -1,12 +1,17 @@
-"""What the doctor says: a finding, and how findings are printed."""
+"""What the doctor says: findings, their words, and how they are printed.
+
+The words of every fault that can be named stand in kdlib/data/doctor.toml.
+"""
 
 from __future__ import annotations
 
+import functools
 import textwrap
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kdlib.doctor.catalogue import CATALOGUE
+from kdlib.models import DATA
 
 NOTHING = "Nothing found."
 
@@ -31,12 +36,15 @@ class Finding:
     seen: str = ""
 
 
+@functools.cache
+def catalogue() -> dict[str, dict[str, str]]:
+    """By name: symptom, cause, remedy, and seen where a sighting is known."""
+    return tomllib.loads((DATA / "doctor.toml").read_text(encoding="utf-8"))
+
+
 def found(name: str, evidence: str) -> Finding:
     """The finding of that name, with what was measured. There is none without."""
-    ailment = CATALOGUE[name]
-    return Finding(
-        name, ailment.symptom, evidence, ailment.cause, ailment.remedy, ailment.seen
-    )
+    return Finding(name=name, evidence=evidence, **catalogue()[name])
 
 
 def report(findings: Sequence[Finding]) -> str:
