@@ -115,6 +115,21 @@ def main(argv: list[str] | None = None) -> int:
         kind.add_argument("--out", help="write the result to this file as JSON")
         kind.add_argument("--json", action="store_true", help="JSON on stdout")
 
+    doctors = commands.add_parser(
+        "doctor",
+        help="what is wrong with a run, or with the first batch of a run to come",
+        epilog="Status 0: nothing found; 1: findings; 2: it could not look.",
+    )
+    doctors.add_argument("path", help="a run's folder, or a settings file of `train`")
+    doctors.add_argument(
+        "--floor",
+        type=float,
+        help="of a run: nats a token that no student can go below (0 where both sides "
+        "read the same)",
+    )
+    doctors.add_argument("--json", action="store_true", help="JSON on stdout")
+    doctors.set_defaults(run=doctor)
+
     claim = commands.add_parser(
         "ledger", help="list the course's claims, or run one's experiment again"
     )
@@ -228,6 +243,19 @@ def laws(arguments) -> int:
     else:
         print(leaderboard.render_laws(rows))
     return 1 if leaderboard.broken(rows) else 0
+
+
+def doctor(arguments) -> int:
+    from kdlib import doctor_command, models
+    from kdlib.doctor import report
+
+    models.quiet_transformers()
+    findings = doctor_command.examine(arguments.path, arguments.floor)
+    if arguments.json:
+        print(json.dumps([vars(finding) for finding in findings]))
+    else:
+        print(report(findings))
+    return 1 if findings else 0
 
 
 def bench_loss(arguments) -> None:
