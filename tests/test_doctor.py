@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import sys
@@ -25,7 +26,7 @@ from kdlib.doctor import run as runs
 from kdlib.doctor.finding import found
 from kdlib.doctor.positions import examine_positions
 from kdlib.doctor.record import Record
-from kdlib.doctor.watch import Call, Reading, reading
+from kdlib.doctor.watch import Call, Reading, predicting, reading
 from kdlib.errors import ArgumentError, DataError
 from kdlib.objective import Objective
 from kdlib.pairs import PairCollator, View
@@ -176,6 +177,27 @@ def test_without_a_teacher_positions_are_examined_all_the_same(bench):
     assert examine_batch(**bench.loop() | {"teacher": None}) == []
 
 
+def test_what_is_learnt_to_the_last_bit_needs_no_gradient(bench):
+    """Where both sides read the same, a copy has nothing to learn; elsewhere it has."""
+    examples = bench.examples
+    mixed = [replace(e, context="") for e in examples[:3]] + examples[3:]
+    student = copy.deepcopy(bench.teacher)
+    batch = bench.collator(mixed)
+    right = bench.whole(batch=batch, student=student)
+    assert examine_batch(**right) == []
+    live, first = LiveTeacher(bench.teacher), batch.row_ids < 4
+
+    def loss(student, batch):
+        logits = batch.student.select(student(batch.student.input_ids).logits)
+        logits = torch.where(first[:, None], logits.detach(), logits)
+        return Objective()(logits, live.targets(batch), batch.response_ids).total
+
+    (finding,) = examine_batch(**right, loss=loss)
+    count = int((batch.row_ids == 3).sum())
+    assert finding.name == "tokens_without_gradient"
+    assert finding.evidence.startswith(f"{count} of {len(batch.response_ids)} ")
+
+
 def test_rows_are_found_in_any_order_and_padding():
     view = View(
         torch.tensor([[5, 6, 7, 0], [8, 9, 0, 0]]),
@@ -208,7 +230,7 @@ def test_positions_by_hand():
         gradient = torch.zeros(1, 5, 2)
         gradient[0, list(positions)] = 1.0
         read = Reading(gradient, gradient, 0.0, [0], 0)
-        return names(examine_positions(view, read))
+        return names(examine_positions(view, read, predicting(view)))
 
     assert of(1, 2) == set()
     assert of() == {"no_gradient"}

@@ -28,7 +28,7 @@ from kdlib.objective import Objective
 from kdlib.pairs import PairCollator, PairedBatch, PairedExample, View
 
 if TYPE_CHECKING:
-    from jaxtyping import Int64
+    from jaxtyping import Bool, Int64
     from torch import Tensor
 
     from kdlib.doctor.watch import Loss
@@ -92,12 +92,15 @@ def examine_batch(
         return _once(findings)
     logits = view.select(read.logits)
     findings += examine_answer(answer, batch, logits, collator)
-    question = _question(batch, objective, view, read, answer)
+
+    def question(tokens):
+        return _question(batch, objective, view, read, answer, tokens)
+
     of_loss = examine_positions(view, read, _alive(view, read, question))
     if not of_loss and teacher is not None and objective.hard_weight < 1:
         of_loss = examine_use(seen, run(loss, student, batch, teacher, change=True))
-    if not of_loss and question is not None:
-        of_loss = _scale(question, batch)
+    if not of_loss:
+        of_loss = _scale(question(sample(len(batch.response_ids), "cpu")))
     return _once(findings + of_loss)
 
 
@@ -118,8 +121,10 @@ def _check(student, teacher, loss) -> None:
 
 def _once(findings: list[Finding]) -> list[Finding]:
     """One finding a cause: what is seen in the batch may be seen at the models too."""
-    return list({finding.name: finding for finding in reversed(findings)}.values())[
-        ::-1
+    return [
+        x
+        for i, x in enumerate(findings)
+        if x.name not in {y.name for y in findings[:i]}
     ]
 
 
@@ -161,13 +166,12 @@ def _question(
     view: View,
     read: Reading,
     answer: Answer,
-    few: Int64[Tensor, " n"] | None = None,
+    few: Int64[Tensor, " n"],
 ) -> Question | None:
-    """The gradient of some tokens, spread over the batch, beside all that is known."""
+    """The gradient of a few of the response tokens, beside all that is known."""
     if answer.targets is None and objective.hard_weight < 1:
         return None
     n = len(batch.response_ids)
-    few = sample(n, "cpu") if few is None else few
     rows = batch.row_ids.cpu()
     weights = _weights(objective.reduction, rows)
     others = {}
@@ -209,19 +213,31 @@ def _weights(reduction: str, groups: Int64[Tensor, " N"]) -> Tensor:
     return ones / length[group] / len(length)
 
 
-def _alive(view: View, read: Reading, question: Question | None):
-    """Where the declared loss has a gradient; None for at every response token.
+def _alive(view: View, read: Reading, question) -> Bool[Tensor, "B T"]:
+    """Where the declared loss has a gradient.
 
-    A student that says what its teacher says to the last bit has nothing to learn.
+    A student that says what its teacher says, to the last bit, has nothing to learn
+    there, and a gradient of zero is right.
     """
-    if question is None or (view.select(read.gradient).abs().amax(-1) > 0).all():
-        return None
+    alive = (view.select(read.gradient).abs().amax(-1) > 0).cpu()
+    still = (~alive).nonzero()[:, 0]
     due = predicting(view)
-    learnt = known(question).abs().amax(-1) <= 1e-7 * question.weights
-    return torch.zeros_like(due) if learnt.all() else None
+    if not len(still):
+        return due
+    few = still[sample(len(still), "cpu")]
+    asked = question(few)
+    if asked is None:
+        return due
+    learnt = known(asked).abs().amax(-1) <= thresholds.LEARNT * asked.weights
+    alive[still] = not learnt.all()
+    alive[few] = ~learnt
+    due[due.clone()] = alive.to(due.device)
+    return due
 
 
-def _scale(question: Question, batch: PairedBatch) -> list[Finding]:
+def _scale(question: Question | None) -> list[Finding]:
+    if question is None:
+        return []
     findings = examine_closed_form(question)
     if not findings or question.objective.hard_weight == 1:
         return findings

@@ -19,13 +19,12 @@ if TYPE_CHECKING:
 
 
 def examine_positions(
-    view: View, read: Reading, alive: Bool[Tensor, "B T"] | None = None
+    view: View, read: Reading, alive: Bool[Tensor, "B T"]
 ) -> list[Finding]:
-    """alive: where the declared loss has a gradient, by default at every response
-    token; where student and teacher agree to the last bit, none is missing.
+    """alive: where the declared loss has a gradient, the response tokens that are not
+    learnt to the last bit.
     """
     due = predicting(view)
-    alive = due if alive is None else alive & due
     measured = read.gradient.abs().amax(-1) > 0
     if not measured.any() and not read.outside:
         if not alive.any():

@@ -15,6 +15,8 @@ import torch
 # 8 or 11 bits of mantissa, and so does the gradient that comes back to them.
 TOLERANCE = {torch.float64: 2e-4, torch.float32: 2e-4}
 TOLERANCE_16_BIT = 3e-2
+# |p_s - p_t| whose gradient nobody misses: rounding of float32 logits makes 1e-6.
+LEARNT = 1e-5
 # Another teacher answer must move the gradient. One that is used moves it by about as
 # much as there is of it; one that is not, by nothing at all.
 USED = 1e-6

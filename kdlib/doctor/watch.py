@@ -153,15 +153,19 @@ def overheard(teacher, answers: list, change: bool) -> Iterator[None]:
         if not change:
             return answer
         if isinstance(answer, SparseTargets):
-            size = answer.vocab_size or int(answer.indices.max()) + 1
-            return replace(answer, indices=size - 1 - answer.indices)
+            least, most = answer.indices.aminmax()
+            return replace(answer, indices=least + most - answer.indices)
         return answer.flip(-1)
 
-    teacher.targets = targets
+    before = vars(teacher).get("targets")
+    object.__setattr__(teacher, "targets", targets)  # it may be a frozen dataclass
     try:
         yield
     finally:
-        del teacher.targets
+        if before is None:
+            object.__delattr__(teacher, "targets")
+        else:
+            object.__setattr__(teacher, "targets", before)
 
 
 def logits_of(output) -> Tensor | None:

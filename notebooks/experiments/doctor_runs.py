@@ -23,7 +23,7 @@ from kdlib.target_cache import write_cache
 from kdlib.teachers import CachedTeacher, LiveTeacher
 from kdlib.train import TrainConfig, train
 
-CONFIG = TrainConfig(steps=120, batch_size=16, learning_rate=4e-3, log_every=4)
+CONFIG = TrainConfig(steps=120, batch_size=8, learning_rate=4e-3, log_every=4)
 
 
 @dataclass(frozen=True)
