@@ -53,7 +53,8 @@ def report(findings: Sequence[Finding]) -> str:
         return NOTHING
     parts = []
     for number, finding in enumerate(findings, 1):
-        lines = [f"{number}. {finding.symptom} [{finding.name}]"]
+        header = f"{number}. {finding.symptom} [{finding.name}]"
+        lines = textwrap.wrap(header, 88, subsequent_indent="   ")
         for label in ("evidence", "cause", "remedy", "seen"):
             if text := getattr(finding, label):
                 lines += textwrap.wrap(

@@ -56,6 +56,15 @@ class Record:
         pairs = zip(edges, edges[1:], strict=False)
         return [statistics.median(values[a:b]) for a, b in pairs]
 
+    def thirds(self, name: str) -> list[float]:
+        """Means of the tenths: what is left of noise is small. Empty below 3 values."""
+        tenths = self.tenths(name)
+        third = len(tenths) // 3
+        if not third:
+            return []
+        parts = tenths[:third], tenths[third:-third], tenths[-third:]
+        return [statistics.fmean(part) for part in parts]
+
     @property
     def learnt_on(self) -> str:
         """The number that tells best what was learnt: kl, or the loss without it."""

@@ -14,15 +14,17 @@ from kdlib.doctor import thresholds as at
 from kdlib.doctor.finding import Finding, found
 from kdlib.doctor.record import Record
 
+LOST = {"not_learning", "fidelity_stuck", "too_flat", "overconfident"}
 EXPLAINS = {
     "learning_rate_zero": {"not_learning"},
-    "gradient_vanishes": {"not_learning"},
+    "gradient_vanishes": {"not_learning", "gradient_spikes"},
     "mean_over_vocabulary": {"gradient_vanishes"},
     "sum_for_mean": {"always_clipped"},
     "wrong_scale": {"gradient_vanishes", "always_clipped"},
+    "starts_too_high": {"always_clipped", "too_flat"},
     "not_learning": {"plateau_above_floor"},
-    "diverging": {"always_clipped", "gradient_spikes", "not_learning"},
-    "no_warmup": {"diverging", "gradient_spikes", "not_learning"},
+    "diverging": LOST | {"always_clipped", "gradient_spikes"},
+    "no_warmup": LOST | {"diverging", "gradient_spikes"},
 }
 
 
@@ -83,8 +85,14 @@ def soft_and_kl(run: Record) -> Finding | None:
     both = [(x["soft"], x["kl"]) for x in run.lines if x.get("kl") and x.get("soft")]
     if not both or o.reduction == "sum":
         return None
-    ratio = statistics.median(soft / kl for soft, kl in both)
+    ratios = [soft / kl for soft, kl in both]
+    ratio = statistics.median(ratios)
     if 1 / at.SAME_KL <= ratio <= at.SAME_KL:
+        return None
+    # A scale stays what it is; a loss of other targets goes its own way beside the KL.
+    third = max(1, len(ratios) // 3)
+    early, late = map(statistics.median, (ratios[:third], ratios[-third:]))
+    if max(early, late) > at.SAME_SCALE * min(early, late):
         return None
     name = "sum_for_mean"
     if ratio < 1:
@@ -139,13 +147,14 @@ def diverging(run: Record) -> Finding | None:
     tenths = run.tenths("loss")
     if len(run.lines) < at.STEPS:
         return None
-    least, last = min(tenths), tenths[-1]
+    # A student that knew something may lose it within the first tenth.
+    least, last = min(run.values("loss")[0], *tenths), tenths[-1]
     if last <= at.RISE * least or last - least <= at.NATS:
         return None
     norms = run.tenths("grad_norm")
-    evidence = f"tenths of the run have the loss {_row(tenths)}"
+    evidence = f"the loss falls to {least:.3g}; its tenths are {_row(tenths)}"
     if norms:
-        evidence += f", the gradient norm {_row(norms)}"
+        evidence += f", those of the gradient norm {_row(norms)}"
     return found("diverging", evidence)
 
 
@@ -207,17 +216,20 @@ def spikes(run: Record) -> Finding | None:
 
 def fidelity_stuck(run: Record) -> Finding | None:
     """The loss falls, and the student does not come nearer to its teacher."""
-    loss, kl = run.tenths("loss"), run.tenths("kl")
-    if len(kl) < 2 or len(run.lines) < at.STEPS or kl[0] <= at.NATS:
+    loss, kl = run.thirds("loss"), run.thirds("kl")
+    if not loss or not kl or len(run.lines) < at.STEPS or kl[0] <= at.NATS:
         return None
-    if loss[-1] > at.FELL * loss[0] or kl[-1] <= at.FALL * kl[0]:
+    fell, nearer = 1 - loss[-1] / loss[0], 1 - kl[-1] / kl[0]
+    if fell < at.FELL or nearer > at.NEARER * fell:
         return None
-    agreement = run.tenths("agreement")
     evidence = (
-        f"the loss went from {loss[0]:.3g} to {loss[-1]:.3g}, the KL from {kl[0]:.3g} "
-        f"to {kl[-1]:.3g}"
+        f"from the first third to the last the loss went from {loss[0]:.3g} to "
+        f"{loss[-1]:.3g}, the KL from {kl[0]:.3g} to {kl[-1]:.3g}"
     )
+    agreement = run.thirds("agreement")
     if agreement:
+        if agreement[-1] - agreement[0] > at.GAINED * (1 - agreement[0]):
+            return None
         evidence += f", the agreement from {agreement[0]:.2f} to {agreement[-1]:.2f}"
     return found("fidelity_stuck", evidence)
 
@@ -227,7 +239,7 @@ def sureness(run: Record) -> Finding | None:
     if len(gaps) < 2:
         return None
     evidence = f"H(p_s) - H(p_t) was {gaps[0]:.3g} nats, and is {gaps[-1]:.3g}"
-    if gaps[-1] > at.FLAT and gaps[-1] > gaps[0] + at.NATS:
+    if gaps[-1] > at.FLAT and gaps[-1] - gaps[0] > at.FLATTER:
         return found("too_flat", evidence)
     o = run.objective
     meant = o is not None and (o.hard_weight > 0.5 or "reverse" in o.divergence)
@@ -275,7 +287,8 @@ def against_floor(run: Record, floor: float) -> list[Finding]:
     evidence = f"KL {kl[-1]:.3g} nats a token, floor {floor:.3g}"
     if kl[-1] < floor - max(at.NATS, 0.1 * floor):
         return [found("below_floor", evidence)]
-    still = len(kl) == 10 and kl[-1] > at.STILL * statistics.fmean(kl[6:8])
+    thirds = run.thirds("kl")
+    still = len(run.lines) >= at.STEPS and thirds and thirds[2] > at.STILL * thirds[1]
     if still and kl[-1] - floor > max(at.NATS, at.NEAR * (kl[0] - floor)):
         evidence += f"; tenths of the run: {_row(kl)}"
         return [found("plateau_above_floor", evidence)]

@@ -49,8 +49,9 @@ ALWAYS = 0.95
 # The loss against the sum of its parts: float32 rounding is 1e-6.
 SAME_LOSS = 1e-3
 # The soft part against the KL measured on a sample of the step's tokens: a sample of
-# 256, or the first micro-batch, is off by a factor of two at the worst.
-SAME_KL = 4.0
+# 256, or the first micro-batch, is off by a factor of two at the worst. A scale is one
+# number for the run; a sum's, the tokens of a step, varies about its median.
+SAME_KL, SAME_SCALE = 4.0, 2.5
 # Padding and prompts in the denominator make the loss smaller by the share of response
 # tokens, one in ten say; no vocabulary is smaller than a hundred tokens.
 VOCABULARY = 1 / 50
@@ -61,31 +62,35 @@ WORSE_THAN_UNIFORM = 2.0
 # to 1, so a sum of rates below this moves nothing.
 MOVES = 1e-5
 # A first step at this share of the peak rate had no warm-up; that is a finding only
-# where the loss then jumps to so many times its first value.
-WARM, JUMP = 0.99, 1.5
-# A loss that ends so many times above its lowest tenth has diverged: noise between
-# tenths of a healthy run stays below a quarter.
+# where the loss then jumps to so many times its first value. One batch may have 1.6
+# times the loss of another.
+WARM, JUMP = 0.99, 3.0
+# A loss that ends so many times above its lowest tenth has diverged; healthy runs end
+# at 1.2 times at most, by noise.
 RISE = 1.5
-# A run that has learnt ends below this share of where it began ...
+# A run that has learnt ends below this share of where it began.
 FALL = 0.98
-# ... and a loss that has clearly fallen, below this one.
-FELL = 0.8
+# A loss that has fallen by this share; the KL should then have fallen by this share of
+# that share. In healthy runs it is 0.7 at least, whatever the divergence.
+FELL, NEARER = 0.2, 0.25
+# An agreement that has closed this share of its gap to 1 is no longer stuck.
+GAINED = 0.1
 # Below this norm, AdamW's epsilon of 1e-8 is no longer small beside the square root of
 # a mean squared gradient (1e-6 spread over 10^4 weights is 1e-8 each).
 ALIVE = 1e-6
 # A gradient is far beyond its limit at so many times max_grad_norm. Clipping a few
 # times over is common in healthy runs, at the start above all.
 FAR = 10.0
-# A spike, against the median of the 20 steps before. Healthy runs reach 10.
+# A spike, against the median of the 20 steps before. Healthy runs reach 20.
 SPIKE = 100.0
 # Entropies: a student is too flat at so many nats above its teacher if it also got
-# flatter on the way; healthy ones begin flat and get surer. It is too sure below the
-# other number.
-FLAT, SURE = 0.3, -0.2
+# flatter by so many on the way; healthy ones begin flat and get surer. It is too sure
+# below the third number; healthy ones end above 0.
+FLAT, FLATTER, SURE = 0.5, 0.25, -0.1
 # Validation against training. Overfitting on little data makes a factor of two or so.
 ELSEWHERE = 4.0
-# A plateau: the last tenth is no lower than this share of the seventh and eighth; and
-# it stands above the floor by more than this share of what there was to learn.
+# A plateau: the last third is no lower than this share of the middle one; and the last
+# tenth stands above the floor by more than this share of what there was to learn.
 STILL, NEAR = 0.97, 0.1
 # Speed: other programs on the machine cost a factor of two or three.
 SLOW = 0.2

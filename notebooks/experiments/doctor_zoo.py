@@ -975,7 +975,7 @@ def _(b):
 fault(
     "k3_gradient",
     name="k3 back-propagated",
-    seen="verl's documentation; torchrl#4038",
+    seen="verl's documentation; pytorch/rl#4038",
 )(of_tokens(lambda s, t: (t - s).exp() - 1 - (t - s)))
 
 
