@@ -104,7 +104,7 @@ def linear_probe(
     x, new = (x - mean) / scale, (new - mean) / scale
     y = F.one_hot(labels).double()
     gram = x.T @ x + ridge * torch.eye(x.shape[1], dtype=x.dtype)
-    weights = torch.linalg.solve(gram, x.T @ (y - y.mean(0)))
+    weights = torch.linalg.solve(gram, x.T @ y)
     return (new @ weights + y.mean(0)).argmax(-1)
 
 
