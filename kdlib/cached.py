@@ -179,7 +179,8 @@ class CachedTeacher:
                     f"example {example_id}: the teacher's prompt is not the one that "
                     "the cached targets were made for",
                     "take the same contexts and teacher_max_length, or write the cache "
-                    "again",
+                    "again (where the chat template writes the date, PairCollator says "
+                    "how to stop it)",
                 )
         return shard, start, stop
 

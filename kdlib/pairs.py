@@ -214,6 +214,17 @@ class PairCollator:
     context on top of the user's message. Without a template: bos (if there is one),
     context, newline (both left out when empty), user_input, newline.
 
+    Templates with a will of their own. Some write today's date (Llama 3.1's asks
+    strftime_now): tomorrow the prompts are others, and cached targets and checkpoints
+    made from them are refused. Some have switches that nobody sets here (Qwen3's
+    enable_thinking). Set both in the template, on both sides, before the first run:
+
+        tokenizer.chat_template = (
+            "{% set date_string = '26 Jul 2024' %}" + tokenizer.chat_template
+        )  # or "{% set enable_thinking = false %}"
+
+    and save the tokenizer with the model, so that it is served as it was trained.
+
     Response. Tokenised on its own, then the eos token, then joined to the prompts as
     ids. Tokenising prompt + response as one text could merge tokens across the join,
     differently on each side (see `boundary_differences`). For a model whose turns
