@@ -12,11 +12,21 @@ FOLDER/metrics.jsonl has a line a step:
     grad_norm                before clipping
     learning_rate
     tokens, tokens_per_s     that the student read: prompts and responses, no padding
-    mfu                      model FLOPs utilisation, where the GPU's peak is known
+    mfu                      model FLOPs utilisation, where the GPU's peak is known: the
+                             step's FLOPs over what the GPUs could do in its time
     peak_memory              bytes
+
+On-policy and sequence-level runs add what on_policy.Author tells: student_written,
+teacher_written and unfinished.
 
 kl to teacher_mass are measured every log_every steps, on at most SAMPLE tokens.
 TensorBoard gets the same numbers, where it is installed.
+
+What mfu counts, at flops_per_token: the student's forward and backward pass, a live
+teacher's forward pass, and, of a response written in the step, one forward pass of its
+writer over prompt and response (with a KV cache every token is computed once). Padding,
+recomputed activations and rows that wait for a longer one take time and do not count. A
+served teacher's FLOPs are another machine's.
 """
 
 from __future__ import annotations
@@ -99,7 +109,7 @@ def flops_per_token(model, length: float, *, training: bool) -> float:
     2 P + 4 L H length for a forward pass with P parameters in L layers of attention
     width H, and twice as much more for a backward pass (without the products for
     frozen weights). An embedding that is not also the head is a look-up and costs
-    nothing.
+    nothing. All experts of a mixture are counted, which is too many.
 
     Source: Chowdhery et al. 2022, PaLM (arXiv 2204.02311), appendix B.
     """

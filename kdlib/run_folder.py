@@ -16,7 +16,13 @@ from kdlib import checkpoints
 from kdlib.distributed import ALONE, Ranks
 from kdlib.gradients import StepLoss, StudentLoss
 from kdlib.lock import only_process_in
-from kdlib.metrics import Record, peak_flops, peak_memory, step_flops
+from kdlib.metrics import (
+    Record,
+    flops_per_token,
+    peak_flops,
+    peak_memory,
+    step_flops,
+)
 from kdlib.settings import MAY_CHANGE, TrainConfig
 from kdlib.teachers import LiveTeacher
 from kdlib.training_state import TrainingState, check_same
@@ -90,16 +96,24 @@ class RunFolder:
         peak = peak_flops(device, self.loss_of.precision.name)
         seconds = None
         if peak is not None:
-            teacher = self.loss_of.teacher
-            live = teacher.model if isinstance(teacher, LiveTeacher) else None
-            seconds = step_flops(
-                self.state.student,
-                found.tokens,
-                found.rows,
-                live,
-                found.teacher_tokens,
-            ) / (peak * self.ranks.world)
+            seconds = self._flops(found, told) / (peak * self.ranks.world)
         self.record.write(step, line, tokens=found.tokens, seconds_at_peak=seconds)
+
+    def _flops(self, found: StepLoss, told: dict[str, float]) -> float:
+        """Of the step, as metrics.py says what counts."""
+        student, teacher = self.loss_of.student, self.loss_of.teacher
+        live = teacher.model if isinstance(teacher, LiveTeacher) else None
+        flops = step_flops(
+            student, found.tokens, found.rows, live, found.teacher_tokens
+        )
+        if told.get("student_written"):
+            length = found.tokens / found.rows
+            flops += found.tokens * flops_per_token(student, length, training=False)
+        if told.get("teacher_written") and live is not None:
+            length = found.teacher_tokens / found.rows
+            once = flops_per_token(live, length, training=False)
+            flops += found.teacher_tokens * once
+        return flops
 
     def close(self) -> None:
         if self.record is not None:

@@ -276,3 +276,66 @@ def test_the_loops_lines(tmp_path, monkeypatch):
     line = lines[1]
     seconds = line.tokens / line.tokens_per_s
     assert line.mfu * seconds * peak == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("writer", ["student", "teacher"])
+def test_the_step_s_flops_count_the_writing(tmp_path, monkeypatch, writer):
+    """Those that torch counts in `generate` itself, and what it saves of a pass."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from kdlib.sampling import complete
+
+    tokenizer = models.load("teacher")[1]
+    collator = PairCollator(tokenizer)
+    example = localize.examples("train", locales=["fr"], limit=1)[0]
+    pair = collator.encode(example)
+
+    def model(seed):
+        model = models.build(tokenizer, hidden_size=64, layers=2, heads=1, seed=seed)
+        model.set_attn_implementation("eager")  # whose products torch counts
+        with torch.no_grad():  # so that the end token is never the likeliest
+            model.lm_head.weight[tokenizer.eos_token_id] = 0
+            model.lm_head.weight[7] *= 100
+        return model.eval()
+
+    student, teacher = model(0), model(1)
+    peak, n = 1e15, 40
+    monkeypatch.setattr("kdlib.run_folder.peak_flops", lambda device, precision: peak)
+
+    def flops_of_a_step(folder, **options):
+        config = TrainConfig(steps=1, batch_size=1, learning_rate=1e-12, **options)
+        train(
+            student,
+            [pair],
+            collator,
+            Objective("reverse_kl"),
+            config,
+            teacher=LiveTeacher(teacher),
+            folder=folder,
+        )
+        line = json.loads((folder / "metrics.jsonl").read_text())
+        return line, line["mfu"] * line["tokens"] / line["tokens_per_s"] * peak
+
+    said = {"student": {"lmbda": 1.0}, "teacher": {"sequence_level": True}}[writer]
+    options = {**said, "max_new_tokens": n, "sampling_temperature": 0.0}
+    line, found = flops_of_a_step(tmp_path / "written", **options)
+    assert line[f"{writer}_written"] == 1.0
+    assert line["tokens"] == len(pair.student_prompt_ids) + n
+    prompt = getattr(pair, f"{writer}_prompt_ids")
+    who = {"student": student, "teacher": teacher}[writer]
+    with FlopCounterMode(display=False) as counter:
+        complete(who, tokenizer, [prompt], max_new_tokens=n)
+    width, layers, whole = 64, 2, len(prompt) + n
+    past = len(prompt) ** 2 + sum(range(len(prompt) + 1, whole))
+    saved = (
+        2 * who.lm_head.weight.numel() * (len(prompt) - 1)  # logits of the prompt
+        + 2 * sum(p.numel() for p in who.parameters())  # the last token is not read
+        + 4 * layers * width * (whole**2 - past)  # a token attends to its past alone
+    )
+    writing = counter.get_total_flops() + saved
+
+    read = [len(getattr(pair, f"{s}_prompt_ids")) + n for s in ("student", "teacher")]
+    rest = read[0] * flops_per_token(student, read[0], training=True)
+    rest += read[1] * flops_per_token(teacher, read[1], training=False)
+    # Norms have parameters and no products; rotary angles a few products.
+    assert found - rest == pytest.approx(writing, rel=0.01)
