@@ -89,9 +89,10 @@ def run(
             model.to(device), source, collator, pairs, batch_size=batch_size
         )
     except torch.OutOfMemoryError as error:
+        other = "cache the teacher's targets first (python -m kdlib cache)"
         raise ModelError(
             f"the GPU's memory is too small: {error}",
-            "lower batch_size, or cache the teacher's targets first and name the cache",
+            "lower batch_size" + (f", or {other}" if teacher and not cached else ""),
         ) from error
     origin = str(data) if isinstance(data, (str, Path)) else f"{len(examples)} rows"
     command = ["python", "-m", "kdlib", "evaluate", str(student), origin]

@@ -13,10 +13,11 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdlib.errors import ArgumentError
+from kdlib.errors import ArgumentError, StorageError
 
 # Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -109,13 +110,21 @@ def provenance(command: str) -> dict[str, str]:
 
 
 def write_json(path: str | Path, value) -> Path:
-    """Write a JSON file in one rename, so that a reader never meets half of one."""
+    """Write a JSON file in one rename, so that a reader never meets half of one.
+
+    Raises StorageError where it cannot be written; what was there is untouched.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         scratch.write_text(json.dumps(value, indent=1) + "\n")
         os.replace(scratch, path)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error}", "free disk space, or name another folder"
+        ) from error
     finally:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
     return path

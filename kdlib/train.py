@@ -23,6 +23,7 @@ from kdlib.batching import batches_of_steps, check_responses, data_hash, shuffle
 from kdlib.distributed import ALONE, Ranks
 from kdlib.errors import ArgumentError, TrainingError
 from kdlib.gradients import StepLoss, StudentLoss, accumulate_gradient, add_gradient
+from kdlib.memory import memory_errors_explained, way_out
 from kdlib.objective import Objective
 from kdlib.on_policy import Author
 from kdlib.pairs import EncodedPair, PairCollator, PairedBatch
@@ -105,10 +106,11 @@ def train(
         rewrite=author.rewrite,
         ranks=ranks,
     )
+    remedy = way_out(config, objective, teacher, ranks, saved=run is not None)
     start = time.perf_counter() - history.seconds
     with ready(student, teacher, config), stopping(run) as stop, closing(batches, run):
         for step in range(state.step, config.steps):
-            with memory_errors_explained(step, config):
+            with memory_errors_explained(f"step {step}", remedy):
                 measure = run is not None and step % config.log_every == 0
                 found, norm = take_step(engine, next(batches), state, config, measure)
             history.loss.append(found.loss)
@@ -274,22 +276,3 @@ def closing(batches: Iterator, run: RunFolder | None) -> Iterator[None]:
         batches.close()
         if run is not None:
             run.close()
-
-
-@contextmanager
-def memory_errors_explained(step: int, config: TrainConfig) -> Iterator[None]:
-    """A GPU's "out of memory" as a TrainingError that says what needs less of it."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        ways, size = [], config.micro_batch_size or config.batch_size
-        if size > 1:
-            ways = [f"micro_batch_size={size // 2} (the loss stays the same)"]
-        for name in ("activation_checkpointing", "fused", "teacher_offload"):
-            ways += [] if getattr(config, name) else [f"{name}=True"]
-        ways = ways or ["a GPU with more memory or a smaller model"]
-        raise TrainingError(
-            f"step {step}: the GPU's memory is too small: {error}",
-            f"try {', '.join(ways)}; started again with the same folder, the run goes "
-            "on from its last checkpoint, which is untouched",
-        ) from error

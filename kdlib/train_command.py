@@ -31,6 +31,7 @@ from kdlib.evaluate import fidelity_report, parameter_count, table
 from kdlib.examples import read_examples
 from kdlib.ledger import provenance, write_json
 from kdlib.lock import only_process_in
+from kdlib.memory import memory_errors_explained
 from kdlib.pairs import EncodedPair, PairCollator
 from kdlib.precision import Precision, trained_weights
 from kdlib.run_plan import API_KEY, Plan
@@ -191,7 +192,14 @@ def prepare(plan: Plan, ranks: Ranks) -> Parts:
 
 def placed(model, ranks: Ranks):
     """On the rank's device; to be sharded, in the CPU's memory: it may not fit."""
-    return model if ranks.shard else model.to(ranks.device)
+    if ranks.shard:
+        return model
+    with memory_errors_explained(
+        "loading the models",
+        "take a smaller teacher or student, targets that are cached first (python -m "
+        "kdlib cache), or --shard on several GPUs",
+    ):
+        return model.to(ranks.device)
 
 
 def encoded(collator: PairCollator, source: str) -> list[EncodedPair]:

@@ -241,8 +241,10 @@ def test_a_gpu_whose_memory_is_too_small(run, monkeypatch):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
     monkeypatch.setattr(evaluate_command, "fidelity_report", full)
-    said = run("student", "data.jsonl", "--teacher", "teacher", status=2)
-    assert "Tried to allocate" in said and "lower batch_size" in said
+    for teacher, other in (("teacher", True), ("four", False)):
+        said = run("student", "data.jsonl", "--teacher", teacher, status=2)
+        assert "Tried to allocate" in said and "lower batch_size" in said
+        assert ("kdlib cache" in said) == other
 
 
 def test_the_report_leaves_both_models_as_they_were(shipped):

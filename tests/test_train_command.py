@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from kdlib import localize, models, train_command
 from kdlib.__main__ import main
@@ -416,6 +416,32 @@ def test_another_run_s_folder_is_refused(write, tmp_path, capsys):
     file = write(objective={"temperature": 2.0})
     assert main(["train", file, "--out", out]) == 2
     assert "objective.temperature was 1.0, now 2.0" in capsys.readouterr().err
+
+
+def test_a_result_that_cannot_be_written_is_an_error(write, tmp_path, capsys):
+    (tmp_path / "out" / "result.json").mkdir(parents=True)
+    assert main(["train", write(), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "cannot write" in said and "result.json" in said
+    # What came before is kept, and nothing half-written.
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"checkpoints", "metrics.jsonl", "result.json", "student"}
+
+
+def test_models_that_are_too_large_for_the_gpu(write, tmp_path, monkeypatch, capsys):
+    to = LlamaForCausalLM.to
+
+    def large(self, where):
+        if isinstance(where, torch.device):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return to(self, where)
+
+    file = write()
+    monkeypatch.setattr(LlamaForCausalLM, "to", large)
+    assert main(["train", file, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "loading the models: the GPU's memory is too small: CUDA" in said
+    assert "--shard" in said and not (tmp_path / "out").exists()
 
 
 def test_sharding_among_one(write, tmp_path, capsys):

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from kdlib import checkpoints, localize, models, training_state
+from kdlib.distributed import ALONE, Ranks
 from kdlib.errors import (
     ArgumentError,
     DataError,
@@ -22,9 +23,11 @@ from kdlib.errors import (
     StorageError,
     TrainingError,
 )
+from kdlib.memory import way_out
 from kdlib.metrics import Record
 from kdlib.objective import Objective
 from kdlib.pairs import EncodedPair, PairCollator
+from kdlib.settings import MAY_CHANGE
 from kdlib.teachers import LiveTeacher
 from kdlib.train import TrainConfig, train
 
@@ -506,31 +509,28 @@ def test_metrics_that_cannot_be_written(house, tmp_path, monkeypatch):
 # --- Memory, and numbers that are none ---
 
 
+HALF = "micro_batch_size=2 (the loss stays the same), "
+SAVED = "; started again with the same folder, the run goes on from its last checkpoint"
+ALL_ON = {
+    "micro_batch_size": 1,
+    "activation_checkpointing": True,
+    "fused": True,
+    "teacher_offload": True,
+}
+
+
 @pytest.mark.parametrize(
-    ("config", "advice"),
+    ("changes", "advice"),
     [
+        ({}, f"try {HALF}activation_checkpointing=True, fused=True, teacher_offload="),
         (
-            CONFIG,
-            "try micro_batch_size=2 (the loss stays the same), "
-            "activation_checkpointing=True, fused=True, teacher_offload=True;",
+            {"micro_batch_size": 1, "activation_checkpointing": True},
+            f"try fused=True, teacher_offload=True{SAVED}",
         ),
-        (
-            replace(CONFIG, micro_batch_size=1, activation_checkpointing=True),
-            "try fused=True, teacher_offload=True;",
-        ),
-        (
-            replace(
-                CONFIG,
-                micro_batch_size=1,
-                activation_checkpointing=True,
-                fused=True,
-                teacher_offload=True,
-            ),
-            "try a GPU with more memory or a smaller model;",
-        ),
+        (ALL_ON, "start a new run with a GPU with more memory or a smaller model or t"),
     ],
 )
-def test_a_gpu_whose_memory_is_too_small(house, four_steps, config, advice):
+def test_a_gpu_whose_memory_is_too_small(house, four_steps, changes, advice):
     def large(module, arguments):
         if module.training:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate")
@@ -538,10 +538,54 @@ def test_a_gpu_whose_memory_is_too_small(house, four_steps, config, advice):
     student = house.model()
     student.model.register_forward_pre_hook(large)
     before = checkpoint_files(four_steps)
+    config = replace(CONFIG, **changes)
     with pytest.raises(TrainingError, match="step 4: .*Tried to allocate") as raised:
         house.train(four_steps, student=student, config=config)
     assert raised.value.remedy.startswith(advice)
     assert checkpoint_files(four_steps) == before
+    with pytest.raises(TrainingError) as raised:
+        house.train(None, student=student, config=replace(CONFIG, fused=True))
+    assert raised.value.remedy.endswith("; nothing was saved")
+
+
+FULL = replace(CONFIG, micro_batch_size=1, activation_checkpointing=True)
+NEW = "start a new run with a GPU with more memory or a smaller model"
+CACHED = " or targets that are cached first (python -m kdlib cache)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "config", "advice"),
+    [
+        # Targets from elsewhere: no teacher to move, no head to fuse with.
+        ({"teacher": Elsewhere("zero")}, CONFIG, f"try {HALF}activation_checkpo"),
+        ({"teacher": Elsewhere("zero")}, FULL, NEW),
+        ({"teacher": None}, FULL, NEW),
+        ({"objective": HARD}, FULL, f"try teacher_offload=True{SAVED}"),
+        # A teacher that writes stays where it is; sharded, it is everywhere.
+        ({}, replace(FULL, sequence_level=True), f"try fused=True{SAVED}"),
+        ({"ranks": Ranks(0, 2, shard=True)}, FULL, f"try fused=True{SAVED}"),
+        ({"ranks": Ranks(0, 2, shard=True)}, replace(CONFIG, **ALL_ON), NEW + CACHED),
+        ({"ranks": Ranks(0, 2)}, replace(CONFIG, **ALL_ON), f"{NEW}{CACHED} or shard"),
+        ({}, replace(CONFIG, **ALL_ON, lmbda=0.5), NEW),
+        # Four examples on two ranks are two on each.
+        ({"ranks": Ranks(0, 2)}, CONFIG, "try micro_batch_size=1 (the loss"),
+        ({"ranks": Ranks(0, 4)}, CONFIG, "try activation_checkpointing=True"),
+        (
+            {"ranks": Ranks(0, 2)},
+            replace(CONFIG, micro_batch_size=3),
+            "try micro_batch_size=1 (the loss",
+        ),
+    ],
+)
+def test_the_way_out_fits_the_run(house, changes, config, advice):
+    run = {"objective": Objective(), "teacher": house.teacher, "ranks": ALONE}
+    found = way_out(config, saved=True, **run | changes)
+    assert found.startswith(advice)
+    if advice.startswith(NEW):
+        assert found.removeprefix(advice) in ("", "=True")
+    for way in found.partition(";")[0].removeprefix("try ").split(", "):
+        if found.startswith("try"):  # the same run, then: it may go on
+            assert way.partition("=")[0] in MAY_CHANGE
 
 
 def test_a_loss_that_is_no_number(house, four_steps, monkeypatch):
