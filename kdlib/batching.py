@@ -54,7 +54,7 @@ def batches_of_steps(
 
     def collated(number: int, step: list[EncodedPair]) -> list[PairedBatch]:
         mine = ranks.share(step)
-        if rewrite is not None and mine:
+        if rewrite is not None:  # all ranks together, also one without rows
             mine = rewrite(number, mine)
         parts = micro_batches(mine, config.micro_batch_size)
         batches = [collator.collate(part) for part in parts]

@@ -28,12 +28,14 @@ from dataclasses import replace
 
 import torch
 
+from kdlib.distributed import ALONE, Ranks
 from kdlib.errors import ArgumentError
 from kdlib.objective import Objective
 from kdlib.pairs import EncodedPair, PairCollator
 from kdlib.precision import Precision
 from kdlib.sampling import complete
 from kdlib.settings import TrainConfig
+from kdlib.sharding import whole_model
 from kdlib.teachers import CachedTeacher, LiveTeacher, Teacher
 
 SIDES = ("student", "teacher")
@@ -43,7 +45,8 @@ class Author:
     """Writes the responses of a step.
 
     rewrite: a step's number and examples -> the examples to train on; None where the
-             data writes all responses
+             data writes all responses. All ranks together, also one without examples:
+             of a sharded writer each gets a whole copy while it writes
     told: what it wrote last, for the metrics: `student_written` and `teacher_written`,
           shares of the step's responses, and `unfinished`, of those written
 
@@ -59,8 +62,10 @@ class Author:
         student,
         teacher: Teacher | None,
         precision: Precision,
+        ranks: Ranks = ALONE,
     ):
         _check(config, objective, teacher)
+        self.ranks = ranks
         self.config, self.collator, self.precision = config, collator, precision
         self.student, self.teacher = student, teacher
         self.told: dict[str, float] = {}
@@ -79,9 +84,13 @@ class Author:
         # One program for a step's rows is compiled; a token at a time would be another.
         plain = torch.compiler.set_stance("force_eager") if config.compile else None
         own = self.precision.autocast() if side == "student" else None
+        writer = self.student if side == "student" else self.teacher.model
+        if self.ranks.shard:
+            # Texts of unlike length: ranks could not gather block after block together.
+            writer = whole_model(writer, self.ranks.device)
         with plain or nullcontext(), own or nullcontext():
             written = write_responses(
-                self.student if side == "student" else self.teacher.model,
+                writer,
                 pairs,
                 self.collator,
                 side=side,
@@ -92,7 +101,7 @@ class Author:
             )
         end = self.collator.tokenizer.eos_token_id
         cut = [pair.response_ids[-1] != end for pair in written]
-        self.told["unfinished"] = sum(cut) / len(cut)
+        self.told["unfinished"] = sum(cut) / max(1, len(cut))
         return written
 
 

@@ -116,6 +116,7 @@ class Plan:
         return plan
 
     def _check(self, path) -> None:
+        """Raise ArgumentError where tables do not fit together, or say too little."""
         teacher, student = self.teacher, self.student
         named = [n for n in ("model", "cache", "url") if getattr(teacher, n)]
         untaught = self.objective.hard_weight == 1 and not named

@@ -82,33 +82,36 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def whole_model(model, ranks: Ranks):
-    """A copy of a sharded model in one piece, in the CPU's memory of rank 0, with its
-    adapters where it has some.
+def whole_model(model, device: torch.device | str, *, here: bool = True):
+    """A copy of a sharded model in one piece, on a device; in eval mode.
 
-    To be saved, not run: what is no weight (angles of rotary positions) is not filled
-    in. None on the other ranks. All ranks together.
+    All ranks together: every rank gathers one tensor after another, and keeps them if
+    it is `here` that the copy is wanted; else it gets None. The copy needs the memory
+    of the whole model, once more.
     """
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions,
-        get_model_state_dict,
-    )
     from transformers import AutoModelForCausalLM
 
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, options=options)
-    if ranks.rank > 0:
+    parts = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        full = whole(tensor.detach())
+        if here:
+            parts[name] = full.to(device, copy=True)
+    if not here:
         return None
     with torch.device("meta"):  # no memory for weights that are replaced
         copy = AutoModelForCausalLM.from_config(model.config)
-        copy.generation_config = model.generation_config
         for name, settings in getattr(model, "peft_config", {}).items():
             peft = importlib.import_module("peft")
             copy = peft.get_peft_model(copy, settings, adapter_name=name)
-    if ranks.device.type == "cpu":  # offloaded to where they are: no copies yet
-        weights = {name: weight.clone() for name, weight in weights.items()}
-    copy.load_state_dict(weights, assign=True)
-    copy.tie_weights()
+    weights = dict(copy.named_parameters())
+    for name, part in parts.items():
+        module, _, leaf = name.rpartition(".")
+        if name in weights:
+            part = torch.nn.Parameter(part, weights[name].requires_grad)
+        setattr(copy.get_submodule(module), leaf, part)
+    base = copy.get_base_model() if hasattr(copy, "get_base_model") else copy
+    base.tie_weights()
+    base.generation_config = model.generation_config
     return copy.eval()
 
 
@@ -136,6 +139,7 @@ def steps_of(student, optimizer: torch.optim.AdamW) -> dict[str, float]:
 
 
 def set_steps(student, optimizer: torch.optim.AdamW, steps: dict[str, float]) -> None:
+    """Undo `steps_of`. Raises KeyError for a weight that was not trained then."""
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
             _moments(optimizer, parameter)["step"].fill_(steps[name])
@@ -177,8 +181,10 @@ def _moments(optimizer: torch.optim.AdamW, parameter) -> dict:
 
 
 def _reasons(error) -> str:
+    """What each rank that failed says, without its traceback."""
     return "; ".join(f"rank {r}: {e[0]}" for r, e in error.failures.items())
 
 
 def _quiet() -> None:
+    """Let torch.distributed.checkpoint speak of errors alone."""
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)

@@ -80,7 +80,7 @@ def train(
     facts = facts_of(student, pairs, objective, config, teacher, ranks)
     ranks.check_same(facts)
     precision = Precision.choose(config.precision, device)
-    author = Author(config, objective, collator, student, teacher, precision)
+    author = Author(config, objective, collator, student, teacher, precision, ranks)
     loss_of = StudentLoss(
         student,
         objective,
@@ -172,14 +172,12 @@ def take_step(
 def spread(loss_of: StudentLoss, config: TrainConfig, ranks: Ranks) -> torch.nn.Module:
     """What to call in the place of `loss_of`, by the engine for these ranks."""
     if ranks.shard:
-        # Moving would take the parts apart; and ranks that write texts of unlike length
-        # would wait for each other in vain.
-        for name in ("teacher_offload", "sequence_level", "lmbda"):
-            if value := getattr(config, name):
-                raise ArgumentError(
-                    f"shard=True with {name}={value}",
-                    f"leave {name} out, or do not shard",
-                )
+        if config.teacher_offload:  # moving would take the parts apart
+            raise ArgumentError(
+                "shard=True with teacher_offload=True",
+                "leave teacher_offload out: a sharded teacher is in parts already; or "
+                "do not shard",
+            )
         shard(loss_of.student, ranks)
         if isinstance(loss_of.teacher, LiveTeacher):
             shard(loss_of.teacher.model, ranks)

@@ -125,8 +125,10 @@ def save_student(plan: Plan, parts: Parts, ranks: Ranks, out: Path) -> None:
     All ranks together; rank 0 writes. A LoRA student is merged in place.
     """
     start, words = plan.student, parts.collator.tokenizer
-    student = whole_model(parts.student, ranks) if ranks.shard else parts.student
-    if ranks.rank > 0:
+    student, first = parts.student, ranks.rank == 0
+    if ranks.shard:
+        student = whole_model(student, "cpu", here=first)
+    if not first:
         return
     if start.lora_rank is not None and start.first_layers is None:
         models.save(student, words, out / "adapter")

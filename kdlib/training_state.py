@@ -32,7 +32,12 @@ WEIGHTS, SHARDS, REST = "model.safetensors", "shards", "training.pt"
 
 @dataclass
 class History:
-    """What happened: one entry a step, and the tokens that the student read."""
+    """What happened.
+
+    loss, grad_norm: an entry a step; the norm is of the whole gradient, before clipping
+    tokens:          that the student read, of all ranks, padding left out
+    seconds:         from the first step on, pauses between starts left out
+    """
 
     loss: list[float] = field(default_factory=list)
     grad_norm: list[float] = field(default_factory=list)

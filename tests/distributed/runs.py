@@ -8,6 +8,7 @@ wrong factor cannot hide in a tolerance.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import sys
@@ -56,6 +57,9 @@ RUNS = {
         LIVE,
     ),
 }
+ADAPTERS = "adapters"
+if importlib.util.find_spec("peft"):
+    RUNS[ADAPTERS] = Objective(hard_weight=0.4), {"micro_batch_size": 2}, LIVE
 COPIED, SHARDED = "copied", "sharded"  # DDP, FSDP2
 
 
@@ -101,6 +105,8 @@ def run(
     """
     objective, changes, kind = RUNS[name]
     student = setting.model(seed=0)
+    if name == ADAPTERS:
+        student = models.add_lora(student, rank=2)
     for module in student.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = dropout
@@ -150,9 +156,8 @@ def leg(name: str, setting: Setting, ranks: Ranks, folder: Path) -> dict:
         here = replace(ranks, shard=engine == SHARDED)
         resumed = folder / engine
         if name == "first":
-            for scenario, (_, changes, _) in RUNS.items():
-                if engine == COPIED or "lmbda" not in changes:
-                    found[scenario, engine] = run(setting, scenario, here)
+            for scenario in RUNS:
+                found[scenario, engine] = run(setting, scenario, here)
             found["recorded", engine] = run(
                 setting, "rows", here, folder=folder / f"recorded-{engine}"
             )
