@@ -13,8 +13,8 @@ import random
 import threading
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
-from typing import TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -22,6 +22,9 @@ from kdlib.distributed import ALONE, Ranks
 from kdlib.errors import DataError
 from kdlib.pairs import EncodedPair, PairCollator, PairedBatch, View
 from kdlib.settings import TrainConfig
+
+if TYPE_CHECKING:
+    from kdlib.sparse import SparseTargets
 
 T = TypeVar("T")
 
@@ -34,6 +37,7 @@ def batches_of_steps(
     *,
     skip: int = 0,
     rewrite: Callable[[int, list[EncodedPair]], list[EncodedPair]] | None = None,
+    ask: Callable[[PairedBatch], SparseTargets] | None = None,
     ranks: Ranks = ALONE,
 ) -> Iterator[list[PairedBatch]]:
     """Endless: the micro-batches of this rank's share of each step, on the device.
@@ -41,6 +45,7 @@ def batches_of_steps(
     skip:    steps that are done already
     rewrite: given a step's number and this rank's examples, returns those to train on,
              when the step is asked for and not before (on_policy.py)
+    ask:     says what the teacher says of a batch, where that takes no GPU
 
     All ranks get equally many, because they compute in step with each other: a rank
     with fewer rows gets batches without any (`without_rows`).
@@ -58,6 +63,8 @@ def batches_of_steps(
             mine = rewrite(number, mine)
         parts = micro_batches(mine, config.micro_batch_size)
         batches = [collator.collate(part) for part in parts]
+        if ask is not None:
+            batches = [replace(batch, targets=ask(batch)) for batch in batches]
         most = micro_batches(step[:: ranks.world], config.micro_batch_size)  # rank 0's
         if len(parts) < len(most):
             none = without_rows(collator.collate(step[:1]))
@@ -69,14 +76,14 @@ def batches_of_steps(
             yield [batch.to(device) for batch in collated(*step)]
         return
     pinned = prefetched(
-        [each_tensor(b, torch.Tensor.pin_memory) for b in collated(*s)] for s in steps
+        [batch.map(torch.Tensor.pin_memory) for batch in collated(*s)] for s in steps
     )
     try:
         for step in pinned:
             # Pinned memory is copied while the GPU computes; its order of work is such
             # that nothing reads the copy before it is made.
             yield [
-                each_tensor(b, lambda x: x.to(device, non_blocking=True)) for b in step
+                batch.map(lambda x: x.to(device, non_blocking=True)) for batch in step
             ]
     finally:
         pinned.close()
@@ -167,19 +174,6 @@ def prefetched(items: Iterator[T]) -> Iterator[T]:
     finally:
         closed.set()
         thread.join()
-
-
-def each_tensor(batch: PairedBatch, f: Callable[[torch.Tensor], torch.Tensor]):
-    """The batch with f(tensor) in the place of every tensor."""
-
-    def mapped(value):
-        if value is None:
-            return None
-        if isinstance(value, View):
-            return View(*(f(getattr(value, field.name)) for field in fields(value)))
-        return f(value)
-
-    return PairedBatch(*(mapped(getattr(batch, field.name)) for field in fields(batch)))
 
 
 def check_responses(pairs: Sequence[EncodedPair]) -> None:

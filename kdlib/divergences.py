@@ -325,6 +325,21 @@ def _check_between(name, value, low, high, open_right=False) -> None:
         raise ArgumentError(f"{name} = {value}", f"choose {name} in {interval}")
 
 
+def tempered(logits: Logits, temperature: float) -> Logits:
+    """logits / T, in float32 or more. Raises what tempered_log_softmax does."""
+    if not 0.0 < temperature < math.inf:
+        raise ArgumentError(
+            f"temperature = {temperature}", "choose a finite temperature above 0"
+        )
+    if not logits.is_floating_point():
+        raise ArgumentError(
+            f"logits of dtype {logits.dtype}", "pass the model's logits, not token ids"
+        )
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    # contiguous, or equal logits in another memory layout would be summed otherwise
+    return (logits.to(dtype) / temperature).contiguous()
+
+
 def tempered_log_softmax(logits: Logits, temperature: float) -> Logits:
     """log softmax(logits / T) over the last dimension, in float32 or more.
 
@@ -336,17 +351,7 @@ def tempered_log_softmax(logits: Logits, temperature: float) -> Logits:
     Raises ArgumentError if the temperature is not a finite number above 0, or if the
     logits are integers.
     """
-    if not 0.0 < temperature < math.inf:
-        raise ArgumentError(
-            f"temperature = {temperature}", "choose a finite temperature above 0"
-        )
-    if not logits.is_floating_point():
-        raise ArgumentError(
-            f"logits of dtype {logits.dtype}", "pass the model's logits, not token ids"
-        )
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    # contiguous, or equal logits in another memory layout would be summed otherwise
-    z = (logits.to(dtype) / temperature).contiguous()
+    z = tempered(logits, temperature)
     if z.is_cuda:
         return torch.log_softmax(z, dim=-1)
     # The maximum goes first: subtracting it is exact for what is near it, and what is

@@ -213,9 +213,7 @@ def response_logits(
     model.eval()
     try:
         view = getattr(batch, side).to(next(model.parameters()).device)
-        output = model(
-            input_ids=view.input_ids, attention_mask=view.attention_mask.long()
-        )
+        output = model(**view.inputs(), use_cache=False)
         return view.select(output.logits)
     finally:
         model.train(was_training)

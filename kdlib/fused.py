@@ -42,6 +42,14 @@ import torch
 
 from kdlib.divergences import DIVERGENCES, get_divergence, tempered_log_softmax
 from kdlib.errors import ArgumentError, ModelError
+from kdlib.sparse import (
+    SparseTargets,
+    checked,
+    gathered,
+    of_kept,
+    of_logits,
+    without_kept,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,8 +115,12 @@ class Head:
         )
         tokens = torch.arange(min(8, len(linear.weight)), device=linear.weight.device)
         with torch.no_grad():
-            output = model(tokens[None], output_hidden_states=True, use_cache=False)
-            rebuilt = head.logits(output.hidden_states[-1])
+            # Not output_hidden_states: for that transformers puts hooks into the blocks
+            # and leaves them there, where they stop torch.compile.
+            output = model(tokens[None], use_cache=False)
+            decoder = model.get_decoder()
+            hidden = decoder(tokens[None], use_cache=False).last_hidden_state
+            rebuilt = head.logits(hidden)
         gap = (rebuilt - output.logits).abs().max() / output.logits.abs().max()
         if not gap <= max(1e-5, 2 * torch.finfo(rebuilt.dtype).eps):
             raise ModelError(
@@ -200,6 +212,36 @@ def fused_divergence(
     )
 
 
+def fused_sparse_divergence(
+    student_hidden: Float[Tensor, "n h_s"],
+    student_head: Head,
+    targets: SparseTargets,
+    *,
+    divergence: str = "forward_kl",
+    temperature: float = 1.0,
+    token_weights: Float[Tensor, " n"] | None = None,
+    labels: Int[Tensor, " n"] | None = None,
+    label_weights: Float[Tensor, " n"] | None = None,
+    exact: bool = False,
+    workspace: int | None = None,
+    **params: float,
+) -> FusedDivergence:
+    """fused_divergence with sparse targets in the teacher's place. The meaning is
+
+        per_token = sparse_divergence(student_head.logits(student_hidden), targets,
+                                      divergence, temperature=temperature, **params)
+
+    Three matrix products; all else is as there. Raises ArgumentError also for what
+    sparse_divergence refuses.
+    """
+    run = torch.compiler.disable(_run) if torch.compiler.is_compiling() else _run
+    return run(
+        *(student_hidden, student_head, None, None),
+        *(divergence, temperature, token_weights, labels, label_weights),
+        *(exact, workspace, params, targets),
+    )
+
+
 def _run(
     student_hidden,
     student_head,
@@ -213,10 +255,21 @@ def _run(
     exact,
     workspace,
     params,
+    targets=None,
 ) -> FusedDivergence:
     function = get_divergence(divergence, **params)
-    _check(student_hidden, student_head, teacher_hidden, teacher_head)
+    _check_side("student", student_hidden, student_head)
     _check_numbers(temperature, student_head, teacher_head, workspace)
+    tensors = [student_hidden, student_head.weight]
+    if targets is None:
+        _check_side("teacher", teacher_hidden, teacher_head)
+        tensors += [teacher_hidden, teacher_head.weight]
+        _check_rows(f"{len(teacher_hidden)} teacher rows", teacher_hidden, tensors)
+    else:
+        _check_rows(f"{len(targets)} targets", targets, [*tensors, targets.indices])
+        vocab = len(student_head.weight)
+        targets = checked(targets, vocab, divergence, temperature)
+        function = functools.partial(_of_targets, divergence, params)
     ones = torch.ones(len(student_hidden), device=student_hidden.device)
     token_weights = ones if token_weights is None else token_weights.detach()
     if labels is not None:
@@ -227,7 +280,7 @@ def _run(
         teacher_head=teacher_head,
         teacher_hidden=teacher_hidden,
         student_dtype=_product_dtype(student_hidden),
-        teacher_dtype=_product_dtype(teacher_hidden),
+        teacher_dtype=_product_dtype(teacher_hidden) if targets is None else None,
         exact=exact,
         workspace=workspace or WORKSPACE.get(student_hidden.device.type, GIB // 4),
         token_weights=token_weights,
@@ -236,6 +289,8 @@ def _run(
         temperature=temperature,
         function=function,
         closed_form=_closed_form(divergence, params),
+        targets=targets,
+        of_kept=functools.partial(of_kept, divergence=divergence, **params),
         wants_gradient=torch.is_grad_enabled(),  # inside _Fused it never is
     )
     return FusedDivergence(
@@ -248,10 +303,10 @@ class _Job:
     """What stays the same for every chunk."""
 
     student_head: Head
-    teacher_head: Head
-    teacher_hidden: Tensor
+    teacher_head: Head | None  # None with sparse targets, as all of the teacher's
+    teacher_hidden: Tensor | None
     student_dtype: torch.dtype  # of the matrix products' operands
-    teacher_dtype: torch.dtype
+    teacher_dtype: torch.dtype | None
     exact: bool
     workspace: int
     token_weights: Tensor
@@ -261,12 +316,14 @@ class _Job:
     function: Callable
     closed_form: tuple[str, float] | None
     wants_gradient: bool
+    targets: SparseTargets | None = None
+    of_kept: Callable | None = None
 
 
 class _Tokens(NamedTuple):
     """One number a row: what goes into the loss besides the logits, and what comes out.
 
-    The last three are None without labels.
+    Those of labels are None without labels, targets where there is a teacher.
     """
 
     weights: Tensor
@@ -274,6 +331,7 @@ class _Tokens(NamedTuple):
     label_weights: Tensor | None
     labels: Tensor | None
     hard: Tensor | None
+    targets: SparseTargets | None = None
 
     def rows(self, rows: slice) -> _Tokens:
         return _Tokens(*(None if column is None else column[rows] for column in self))
@@ -292,14 +350,17 @@ class _Fused(torch.autograd.Function):
             job.wants_gradient and needed for needed in ctx.needs_input_grad[:3]
         )
         wants_any = wants_hidden or wants_weight or wants_bias
-        rows, vocab = len(hidden), min(len(weight), len(job.teacher_head.weight))
+        sparse = job.targets is not None
+        other = job.targets.vocab_size if sparse else len(job.teacher_head.weight)
+        rows, vocab = len(hidden), min(len(weight), other or len(weight))
         has_labels = job.labels is not None
         columns = len(weight) if has_labels else vocab  # of S and G; T has `vocab`
         wide = torch.promote_types(job.student_dtype, torch.float32)
         # Under autocast these casts copy; otherwise they cost nothing.
         h_s, w_s = hidden.to(job.student_dtype), weight[:columns].to(job.student_dtype)
-        h_t = job.teacher_hidden.to(job.teacher_dtype)
-        w_t = job.teacher_head.weight[:vocab].to(job.teacher_dtype)
+        if not sparse:
+            h_t = job.teacher_hidden.to(job.teacher_dtype)
+            w_t = job.teacher_head.weight[:vocab].to(job.teacher_dtype)
 
         gain = torch.ones((), dtype=wide, device=hidden.device)
         if job.student_dtype == torch.float16 and rows:
@@ -316,6 +377,7 @@ class _Fused(torch.autograd.Function):
             label_weights=job.label_weights.to(wide) * gain if has_labels else None,
             labels=job.labels,
             hard=new(rows) if has_labels else None,
+            targets=job.targets,
         )
 
         # The three sums. torch.empty, because the first panel writes without reading.
@@ -326,18 +388,23 @@ class _Fused(torch.autograd.Function):
             d_weight[columns if rows else 0 :].zero_()  # what no chunk reaches
 
         s_dtype = wide if job.exact else job.student_dtype
-        t_dtype = torch.promote_types(job.teacher_dtype, torch.float32)
-        t_dtype = t_dtype if job.exact else job.teacher_dtype
+        t_dtype = job.teacher_dtype
+        if job.exact and not sparse:
+            t_dtype = torch.promote_types(job.teacher_dtype, torch.float32)
         in_place = s_dtype == job.student_dtype  # can G overwrite S?
         chunk, panel = _rows(job, columns, s_dtype, t_dtype, in_place, wants_any)
         buffer = functools.partial(_buffer, device=hidden.device)
         gradients = buffer(min(panel, rows), columns, dtype=job.student_dtype)
-        t_logits = buffer(min(chunk, rows), vocab, dtype=t_dtype)
-        s_logits = None
+        t_logits = s_logits = None
+        if not sparse:
+            t_logits = buffer(min(chunk, rows), vocab, dtype=t_dtype)
         if not in_place:
             s_logits = buffer(min(chunk, rows), columns, dtype=s_dtype)
-        use_triton = job.closed_form and _uses_triton(hidden.device)
-        differentiate = _by_triton if use_triton else _by_autograd
+        differentiate = _by_autograd
+        if sparse and _is_plain(job):
+            differentiate = _by_kept
+        elif not sparse and job.closed_form and _uses_triton(hidden.device):
+            differentiate = _by_triton
 
         for first in range(0, rows, panel):
             last = min(first + panel, rows)
@@ -346,9 +413,11 @@ class _Fused(torch.autograd.Function):
                 stop = min(start + chunk, last)
                 g = g_panel[start - first : stop - first]
                 s = g if in_place else s_logits[: stop - start]
-                t = t_logits[: stop - start]
                 _project(s, h_s[start:stop], w_s, job.student_head.bias)
-                _project(t, h_t[start:stop], w_t, job.teacher_head.bias)
+                t = None
+                if not sparse:
+                    t = t_logits[: stop - start]
+                    _project(t, h_t[start:stop], w_t, job.teacher_head.bias)
                 g_out = g if wants_any else None
                 here = slice(start, stop)
                 differentiate(s, t, g_out, tokens.rows(here), job)
@@ -416,13 +485,14 @@ def _buffer(rows, columns, *, dtype, device) -> Tensor:
 def _rows(job, columns, s_dtype, t_dtype, in_place, wants_gradient) -> tuple[int, int]:
     """(rows of a chunk, rows of a panel) that the workspace has room for."""
     columns = _padded(columns)
-    chunk = job.workspace // (5 * columns * max(s_dtype.itemsize, t_dtype.itemsize))
+    t_size = 0 if t_dtype is None else t_dtype.itemsize
+    chunk = job.workspace // (5 * columns * max(s_dtype.itemsize, t_size))
     chunk = max(1, chunk)
     if chunk > 128:
         chunk -= chunk % 128  # whole tiles of a matrix product
     if not wants_gradient:
         return chunk, chunk
-    row = columns * (t_dtype.itemsize + (0 if in_place else s_dtype.itemsize))
+    row = columns * (t_size + (0 if in_place else s_dtype.itemsize))
     room = (job.workspace - chunk * row) // (
         chunk * columns * job.student_dtype.itemsize
     )
@@ -441,7 +511,9 @@ def _by_autograd(s, t, out, tokens, job) -> None:
         here = tokens.rows(rows)
         with torch.set_grad_enabled(out is not None):
             logits = s[rows].detach().to(wide).requires_grad_(out is not None)
-            teacher = job.teacher_head.shape(t[rows].to(wide))
+            teacher = here.targets
+            if teacher is None:
+                teacher = job.teacher_head.shape(t[rows].to(wide))
             student = job.student_head.shape(logits)
             values = job.function(student, teacher, temperature=job.temperature)
             live = here._replace(per_token=values)
@@ -452,6 +524,47 @@ def _by_autograd(s, t, out, tokens, job) -> None:
             here.per_token.copy_(values.detach())
             if out is not None:
                 (out[rows],) = torch.autograd.grad(live.total(), logits)
+
+
+def _of_targets(divergence, params, student, targets, *, temperature):
+    return of_logits(student, targets, divergence, **params)
+
+
+# -------------------------------------- loss and gradient of sparse targets, by formula
+#
+# They depend on a row's k kept logits and one log-sum-exp (sparse.py), a function of
+# few numbers that autograd differentiates. So G is p times the log-sum-exp's gradient,
+# and k more numbers: one softmax and one product of the size [n, V].
+
+
+def _is_plain(job) -> bool:
+    """Are the logits what the matrix product gives, with nothing done to them?"""
+    head = job.student_head
+    plain = head.softcap is None and head.scale == job.temperature == 1.0
+    return plain and job.labels is None
+
+
+def _by_kept(s, t, out, tokens, job) -> None:
+    step = max(1, SLICE.get(s.device.type, 2**23) // s.shape[1])
+    for first in range(0, len(s), step):
+        rows = slice(first, first + step)
+        here = tokens.rows(rows)
+        indices = here.targets.indices.long()
+        kept, total, p = gathered(s[rows], indices, without_kept(here.targets))
+        wants = out is not None
+        with torch.set_grad_enabled(wants):
+            few = kept.requires_grad_(wants), total.requires_grad_(wants)
+            values = job.of_kept(*few, here.targets)
+            here.per_token.copy_(values.detach())
+            if not wants:
+                continue
+            weighted = (here.weights * values).sum()
+            d_kept, d_total = torch.autograd.grad(
+                weighted, few, allow_unused=True, materialize_grads=True
+            )
+        d_total = d_total.masked_fill(total == -math.inf, 0.0)[:, None]
+        torch.mul(p, d_total, out=out[rows])
+        out[rows].scatter_add_(1, indices, d_kept.to(out.dtype))
 
 
 # ----------------------------------------------------- loss and gradient, in one kernel
@@ -735,32 +848,34 @@ def _product_dtype(hidden) -> torch.dtype:
     return hidden.dtype
 
 
-def _check(student_hidden, student_head, teacher_hidden, teacher_head) -> None:
-    for side, hidden, head in (
-        ("student", student_hidden, student_head),
-        ("teacher", teacher_hidden, teacher_head),
-    ):
-        seen = f"{side}_hidden {list(hidden.shape)} {hidden.dtype}"
-        seen += f", {side}_head.weight {list(head.weight.shape)} {head.weight.dtype}"
-        if hidden.dim() != 2:
-            raise ArgumentError(seen, "select the response rows first: pass [N, H]")
-        if head.weight.dim() != 2 or head.weight.shape[1] != hidden.shape[1]:
-            raise ArgumentError(seen, "pass hidden [N, H] and weight [V, H], equal H")
-        if head.bias is not None and head.bias.shape != head.weight.shape[:1]:
-            raise ArgumentError(
-                f"{side}_head.bias {list(head.bias.shape)} with {seen}", "pass bias [V]"
-            )
-        autocast = torch.is_autocast_enabled(hidden.device.type)
-        if not hidden.is_floating_point() or (
-            hidden.dtype != head.weight.dtype and not autocast
-        ):
-            raise ArgumentError(seen, "cast one to the other's dtype, or use autocast")
-    if len(student_hidden) != len(teacher_hidden):
+def _seen(side, hidden, head) -> str:
+    seen = f"{side}_hidden {list(hidden.shape)} {hidden.dtype}"
+    return f"{seen}, {side}_head.weight {list(head.weight.shape)} {head.weight.dtype}"
+
+
+def _check_side(side, hidden, head) -> None:
+    seen = _seen(side, hidden, head)
+    if hidden.dim() != 2:
+        raise ArgumentError(seen, "select the response rows first: pass [N, H]")
+    if head.weight.dim() != 2 or head.weight.shape[1] != hidden.shape[1]:
+        raise ArgumentError(seen, "pass hidden [N, H] and weight [V, H], equal H")
+    if head.bias is not None and head.bias.shape != head.weight.shape[:1]:
         raise ArgumentError(
-            f"{len(student_hidden)} student rows, {len(teacher_hidden)} teacher rows",
+            f"{side}_head.bias {list(head.bias.shape)} with {seen}", "pass bias [V]"
+        )
+    autocast = torch.is_autocast_enabled(hidden.device.type)
+    if not hidden.is_floating_point() or (
+        hidden.dtype != head.weight.dtype and not autocast
+    ):
+        raise ArgumentError(seen, "cast one to the other's dtype, or use autocast")
+
+
+def _check_rows(others, theirs, tensors) -> None:
+    if len(tensors[0]) != len(theirs):
+        raise ArgumentError(
+            f"{len(tensors[0])} student rows, {others}",
             "select the same response tokens, in the same order, from both views",
         )
-    tensors = (student_hidden, student_head.weight, teacher_hidden, teacher_head.weight)
     devices = {str(tensor.device) for tensor in tensors}
     if len(devices) > 1:
         raise ArgumentError(
@@ -799,13 +914,11 @@ def _check_tokens(token_weights, labels, label_weights, hidden, head) -> None:
 
 
 def _check_numbers(temperature, student_head, teacher_head, workspace) -> None:
-    for name, value in {
-        "temperature": temperature,
-        "student_head.scale": student_head.scale,
-        "teacher_head.scale": teacher_head.scale,
-        "student_head.softcap": student_head.softcap,
-        "teacher_head.softcap": teacher_head.softcap,
-        "workspace": workspace,
-    }.items():
+    numbers = {"temperature": temperature, "workspace": workspace}
+    for side, head in (("student", student_head), ("teacher", teacher_head)):
+        if head is not None:
+            numbers |= {f"{side}_head.scale": head.scale}
+            numbers |= {f"{side}_head.softcap": head.softcap}
+    for name, value in numbers.items():
         if value is not None and not 0 < value < math.inf:
             raise ArgumentError(f"{name} = {value}", "choose a finite number above 0")

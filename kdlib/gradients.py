@@ -1,7 +1,8 @@
 """The loss of one step and its gradient, whichever way they are computed.
 
     plain   logits [N, V] of both sides, then the objective
-    fused   hidden states of both sides, then fused_divergence: no [N, V]
+    fused   hidden states of both sides, or the student's and sparse targets, then
+            fused_divergence: no [N, V]
 
 Both are one module, StudentLoss: whatever wraps a model for several devices wraps that
 and sees the student's forward pass and its loss as one.
@@ -9,22 +10,25 @@ and sees the student's forward pass and its loss as one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 
 from kdlib.distributed import ALONE, Ranks
 from kdlib.errors import ArgumentError
-from kdlib.fused import Head, fused_divergence
+from kdlib.fused import Head, fused_divergence, fused_sparse_divergence
 from kdlib.metrics import fidelity, sample
 from kdlib.objective import DistillationLoss, Objective
 from kdlib.pairs import PairedBatch, View
 from kdlib.precision import Precision
 from kdlib.sharding import decoder_of, summing
-from kdlib.teachers import LiveTeacher, Teacher
+from kdlib.teachers import CachedTeacher, LiveTeacher, RemoteTeacher, Teacher
 
 
 class StepLoss(NamedTuple):
@@ -72,10 +76,7 @@ class StudentLoss(torch.nn.Module):
             return self._nothing(batch), {}
         if self.heads is not None:
             return self._fused(batch, num_items, measure)
-        targets = None
-        if self.teacher is not None:
-            with self._teacher_at(batch.response_ids.device):
-                targets = self.teacher.targets(batch)
+        targets = self._targets(batch)
         with self.precision.autocast():
             logits = student_logits(self.student, batch)
         loss = self.objective(
@@ -88,6 +89,12 @@ class StudentLoss(torch.nn.Module):
         measured = fidelity(logits, targets) if measure and targets is not None else {}
         return loss, measured
 
+    def _targets(self, batch: PairedBatch):
+        if self.teacher is None or batch.targets is not None:
+            return batch.targets
+        with self._teacher_at(batch.response_ids.device):
+            return self.teacher.targets(batch)
+
     def _nothing(self, batch: PairedBatch) -> DistillationLoss:
         """The loss 0 of a batch without rows, with a gradient of zeros.
 
@@ -95,8 +102,7 @@ class StudentLoss(torch.nn.Module):
         weights and sum the same gradients, wait for this one.
         """
         if isinstance(self.teacher, LiveTeacher):
-            with self._teacher_at(batch.response_ids.device):
-                self.teacher.targets(batch)
+            self._targets(batch)
         with self.precision.autocast():
             logits = student_logits(self.student, batch)  # [0, V]
         none = logits.to(torch.promote_types(logits.dtype, torch.float32)).sum(-1)
@@ -104,9 +110,16 @@ class StudentLoss(torch.nn.Module):
 
     def _fused(self, batch, num_items, measure):
         objective = self.objective
-        with torch.no_grad(), self._teacher_at(batch.response_ids.device):
-            teacher_hidden = hidden_states(self.teacher.model, batch.teacher)
-            teacher_head = attached(self.heads[1], self.teacher.model, trained=False)
+        if live := isinstance(self.teacher, LiveTeacher):
+            with torch.no_grad(), self._teacher_at(batch.response_ids.device):
+                hidden = hidden_states(self.teacher.model, batch.teacher)
+                head = attached(self.heads[1], self.teacher.model, trained=False)
+            divergence = partial(
+                fused_divergence, teacher_hidden=hidden, teacher_head=head
+            )
+        else:
+            targets = self._targets(batch)
+            divergence = partial(fused_sparse_divergence, targets=targets)
         with self.precision.autocast():
             student_hidden = hidden_states(self.student, batch.student)
         student_head = attached(self.heads[0], self.student, trained=True)
@@ -118,11 +131,9 @@ class StudentLoss(torch.nn.Module):
             weights = share * objective.hard_weight
             labels = {"labels": batch.response_ids, "label_weights": weights}
         with self.precision.autocast():
-            total, soft, hard = fused_divergence(
+            total, soft, hard = divergence(
                 student_hidden,
                 student_head,
-                teacher_hidden,
-                teacher_head,
                 divergence=objective.divergence,
                 temperature=objective.temperature,
                 token_weights=share * ((1.0 - objective.hard_weight) * t2),
@@ -141,7 +152,7 @@ class StudentLoss(torch.nn.Module):
             with torch.no_grad(), self.precision.autocast():
                 measured = fidelity(
                     student_head.logits(student_hidden[few]),
-                    teacher_head.logits(teacher_hidden[few]),
+                    head.logits(hidden[few]) if live else targets[few],
                 )
         return loss, measured
 
@@ -161,7 +172,29 @@ def accumulate_gradient(
     student, batches: list[PairedBatch], objective: Objective, teacher: Teacher | None
 ) -> StepLoss:
     """Add the gradient of one step, in the weights' own precision."""
-    return add_gradient(StudentLoss(student, objective, teacher), batches)
+    return add_gradient(StudentLoss(student, objective, teacher), batches).fetch()[0]
+
+
+@dataclass(frozen=True)
+class QueuedStep:
+    """The numbers of a step whose work may be under way still.
+
+    rest: a StepLoss whose loss and parts are not known yet
+    """
+
+    totals: list[torch.Tensor]
+    parts: list[dict[str, torch.Tensor]]
+    rest: StepLoss
+
+    def fetch(self, *others: torch.Tensor) -> tuple[StepLoss, *tuple[float, ...]]:
+        """The step's numbers and other scalars: a GPU is waited for once."""
+        columns = {None: self.totals}
+        for name in self.parts[0]:
+            columns[name] = [part[name] for part in self.parts if part]
+        queued = [x.detach() for column in columns.values() for x in column]
+        numbers = iter(torch.stack([*queued, *others]).tolist())
+        sums = {name: sum(islice(numbers, len(x))) for name, x in columns.items()}
+        return self.rest._replace(loss=sums.pop(None), parts=sums), *numbers
 
 
 def add_gradient(
@@ -171,11 +204,11 @@ def add_gradient(
     scaler: torch.amp.GradScaler | None = None,
     measure: bool = False,
     ranks: Ranks = ALONE,
-) -> StepLoss:
+) -> QueuedStep:
     """Add the gradient of one step, micro-batch by micro-batch.
 
     loss_of: a StudentLoss, or a module that wraps one
-    batches: this rank's; what is returned is of all ranks
+    batches: this rank's, and so are the numbers that are returned
 
     Every micro-batch is divided by the count of the whole step, so that neither loss
     nor gradient depends on how the step was split, between batches or between ranks.
@@ -193,20 +226,16 @@ def add_gradient(
         totals.append(part.total.detach())
         parts.append(part.parts)
         measured |= found
-    # Numbers are fetched when all work is queued: a GPU waits for this once a step.
     asked = [batch for batch in batches if len(batch.example_ids)]
-    found = StepLoss(
-        loss=sum(torch.stack(totals).tolist()),
+    rest = StepLoss(
+        loss=math.nan,
         rows=sum(len(batch.example_ids) for batch in asked),
-        tokens=sum(int(batch.student.attention_mask.sum()) for batch in asked),
-        teacher_tokens=sum(int(b.teacher.attention_mask.sum()) for b in asked),
-        parts={
-            name: sum(torch.stack([p[name] for p in parts if p]).tolist())
-            for name in parts[0]
-        },
+        tokens=sum(batch.student.n_tokens for batch in asked),
+        teacher_tokens=sum(batch.teacher.n_tokens for batch in asked),
+        parts={},
         fidelity=measured,
     )
-    return summed(ranks.gather(found))
+    return QueuedStep(totals, parts, rest)
 
 
 def summed(shares: list[StepLoss]) -> StepLoss:
@@ -272,20 +301,16 @@ def attached(head: Head, model, *, trained: bool) -> Head:
 
 def _run(model, view: View):
     # A cache is for generation; with activation checkpointing it would be wrong.
-    return model(
-        input_ids=view.input_ids,
-        attention_mask=view.attention_mask.long(),
-        use_cache=False,
-    )
+    return model(**view.inputs(), use_cache=False)
 
 
 def _heads(student, objective, teacher) -> list[Head]:
     """How the heads are shaped; their weights are not kept (see `attached`)."""
-    if not isinstance(teacher, LiveTeacher):
+    if not isinstance(teacher, (LiveTeacher, CachedTeacher, RemoteTeacher)):
         raise ArgumentError(
             f"fused=True with teacher {type(teacher).__name__}",
-            "use a LiveTeacher: the fused loss needs the teacher's hidden states; or "
-            "set fused=False",
+            "use one of kdlib's teachers: the fused loss needs hidden states or sparse "
+            "targets; or set fused=False",
         )
     if objective.hard_weight == 1:
         raise ArgumentError(
@@ -293,7 +318,9 @@ def _heads(student, objective, teacher) -> list[Head]:
         )
     training = student.training
     try:
-        heads = Head.of(student.eval()), Head.of(teacher.model)
+        heads = [Head.of(student.eval())]
+        if isinstance(teacher, LiveTeacher):
+            heads.append(Head.of(teacher.model))
         return [replace(head, weight=None, bias=None) for head in heads]
     finally:
         student.train(training)

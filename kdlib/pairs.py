@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
@@ -28,9 +29,13 @@ from kdlib.errors import AlignmentError, ArgumentError, DataError, ModelError
 from kdlib.prompts import PromptSide, check_same_tokenizer, token_ids
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Bool, Int64, Shaped
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
+
+    from kdlib.sparse import SparseTargets
 
 TRUNCATE_CONTEXT = ("left", "right", "never")
 
@@ -92,8 +97,7 @@ class View:
         """What the model says about each response token, row after row.
 
         The output at position t predicts the token at t + 1, so the first response
-        token is predicted from the last position of the prompt. This line is the
-        only place where that shift is made.
+        token is predicted from the last position of the prompt.
 
         x: logits, hidden states or any other output, one for each input position
         Raises ArgumentError where x does not have the view's B and T.
@@ -104,10 +108,51 @@ class View:
                 f"[B, T] = {list(self.input_ids.shape)}",
                 "pass the model's output for the whole view, not yet shifted or cut",
             )
-        return x[:, :-1][self.completion_mask[:, 1:]]
+        return x.flatten(0, 1).index_select(0, self.positions)
+
+    @cached_property
+    def positions(self) -> Int64[Tensor, " N"]:
+        """Where in B * T stands the position that predicts each response token.
+
+        The only place where the shift between a token and its prediction is made.
+        """
+        row, column = self.completion_mask[:, 1:].nonzero(as_tuple=True)
+        return row * self.input_ids.shape[1] + column
+
+    @cached_property
+    def n_tokens(self) -> int:
+        """Real tokens in all rows."""
+        return int(self.attention_mask.sum())
+
+    @cached_property
+    def padded_at_the_end(self) -> bool:
+        """In every row, no real token comes after padding."""
+        mask = self.attention_mask
+        return not (mask[:, 1:] & ~mask[:, :-1]).any()
+
+    def inputs(self) -> dict[str, Tensor | None]:
+        """What a causal language model is called with.
+
+        Without an attention mask where padding is at the end: no real token attends to
+        it, and attention that is causal and nothing else has the fastest kernels. (What
+        the model says at padding is not selected.)
+        """
+        mask = None if self.padded_at_the_end else self.attention_mask.long()
+        return {"input_ids": self.input_ids, "attention_mask": mask}
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> View:
+        """The view with f(tensor) in the place of every tensor.
+
+        f may move and copy, and must not change a mask: what was found out about the
+        masks stays known. On a GPU, finding it out would wait for all its work.
+        """
+        view = View(*(f(getattr(self, field.name)) for field in fields(self)))
+        known = {"n_tokens": self.n_tokens, "padded_at_the_end": self.padded_at_the_end}
+        vars(view).update(known, positions=f(self.positions))
+        return view
 
     def to(self, device: torch.device | str) -> View:
-        return View(*(getattr(self, field.name).to(device) for field in fields(self)))
+        return self.map(lambda x: x.to(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +163,8 @@ class PairedBatch:
     row_ids:      the row (0 .. B-1) that each response token belongs to
     example_ids:  the number of each row's example in its data set
     truncated:    tokens that cutting the context saved, (teacher's, student's)
+    targets:      what the teacher says of each response token, where that is known
+                  before the step
     """
 
     teacher: View
@@ -126,6 +173,7 @@ class PairedBatch:
     row_ids: Int64[Tensor, " N"]
     example_ids: Int64[Tensor, " B"]
     truncated: Int64[Tensor, "B 2"] | None = None
+    targets: SparseTargets | None = None
 
     @classmethod
     def from_views(
@@ -150,9 +198,18 @@ class PairedBatch:
             truncated=truncated,
         )
 
+    def map(self, f: Callable[[Tensor], Tensor]) -> PairedBatch:
+        """The batch with f(tensor) in the place of every tensor, as View.map."""
+
+        def mapped(part):
+            if part is None:
+                return None
+            return f(part) if isinstance(part, torch.Tensor) else part.map(f)
+
+        return PairedBatch(*(mapped(getattr(self, x.name)) for x in fields(self)))
+
     def to(self, device: torch.device | str) -> PairedBatch:
-        parts = (getattr(self, field.name) for field in fields(self))
-        return PairedBatch(*(None if p is None else p.to(device) for p in parts))
+        return self.map(lambda x: x.to(device))
 
 
 def check_alignment(

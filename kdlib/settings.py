@@ -56,12 +56,11 @@ class TrainConfig:
     max_new_tokens:   of what they write; a response cut there has no end token
     precision:        of the student's forward and backward pass; its weights stay
                       float32. "auto": by what the device can do (precision.py)
-    compile:          torch.compile student and teacher: minutes at the start, pays in
-                      long runs on a GPU
+    compile:          torch.compile the blocks of student and teacher: a minute at the
+                      start, pays in long runs on a GPU; needs a C++ compiler
     activation_checkpointing: keep each block's input alone and compute the block again
                       in the backward pass: a third more time, far less memory
-    fused:            the loss from hidden states (fused.py), without [N, V] logits; for
-                      a LiveTeacher
+    fused:            the loss from hidden states (fused.py), without [N, V] logits
     teacher_offload:  a LiveTeacher's weights come to the student's device for its
                       forward pass alone, and else are in the CPU's memory
     checkpoint_every: steps between checkpoints; there is one at the end in any case

@@ -47,9 +47,8 @@ def shard(model: torch.nn.Module, ranks: Ranks) -> None:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
-    modules = model.get_decoder().modules()
-    blocks = next((m for m in modules if isinstance(m, torch.nn.ModuleList)), None)
-    if blocks is None:
+    blocks = blocks_of(model)
+    if not blocks:
         raise ModelError(
             f"{type(model).__name__} has no list of blocks", "train without --shard"
         )
@@ -59,6 +58,12 @@ def shard(model: torch.nn.Module, ranks: Ranks) -> None:
     # Weights are gathered by `forward`, and by other methods that are named here.
     model.forward_decoder = MethodType(_forward_decoder, model)
     register_fsdp_forward_method(model, "forward_decoder")
+
+
+def blocks_of(model) -> list[torch.nn.Module]:
+    """A causal LM's blocks, which are alike; empty where they cannot be told."""
+    modules = model.get_decoder().modules()
+    return list(next((m for m in modules if isinstance(m, torch.nn.ModuleList)), []))
 
 
 def decoder_of(model):

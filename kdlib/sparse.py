@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kdlib.divergences import get_divergence, tempered_log_softmax
+from kdlib.divergences import get_divergence, tempered, tempered_log_softmax
 from kdlib.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -99,12 +99,13 @@ class SparseTargets:
 
     def __getitem__(self, rows) -> SparseTargets:
         """The targets of some rows: a slice, a bool mask [N] or ids [M]."""
-        return self._map(lambda x: x[rows])
+        return self.map(lambda x: x[rows])
 
     def to(self, device) -> SparseTargets:
-        return self._map(lambda x: x.to(device))
+        return self.map(lambda x: x.to(device))
 
-    def _map(self, f) -> SparseTargets:
+    def map(self, f) -> SparseTargets:
+        """The targets with f(tensor) in the place of every tensor."""
         weights = None if self.weights is None else f(self.weights)
         return replace(
             self,
@@ -213,21 +214,32 @@ def sparse_divergence(
     student's vocabulary, or a divergence that the tail does not define.
     """
     _check_logits("student_logits", student_logits)
-    measure = get_divergence(divergence, **params)
+    get_divergence(divergence, **params)
+    if len(student_logits) != len(targets):
+        raise ArgumentError(
+            f"student_logits {list(student_logits.shape)} for {len(targets)} targets",
+            "give one row of logits for each target",
+        )
+    targets = checked(targets, student_logits.shape[1], divergence, temperature)
+    return of_logits(student_logits, targets, divergence, **params)
+
+
+def checked(
+    targets: SparseTargets, student_vocab: int, divergence: str, temperature: float
+) -> SparseTargets:
+    """The targets, if sparse_divergence is defined for them; raises what it raises.
+
+    On a GPU this waits for all its work: once for many rows, not once for a few.
+    """
     if temperature != targets.temperature:
         raise ArgumentError(
             f"temperature = {temperature}, but the targets were made at "
             f"{targets.temperature}",
             "use the targets' temperature, or make targets at the one you want",
         )
-    if len(student_logits) != len(targets):
-        raise ArgumentError(
-            f"student_logits {list(student_logits.shape)} for {len(targets)} targets",
-            "give one row of logits for each target",
-        )
-    student_logits = student_logits[:, : targets.vocab_size]
-    indices = targets.indices.long()
-    vocab = student_logits.shape[-1]
+    indices, vocab = targets.indices, student_vocab
+    if targets.vocab_size is not None:
+        vocab = min(vocab, targets.vocab_size)
     low, high = torch.stack(indices.aminmax()).tolist() if indices.numel() else (0, 0)
     if low < 0 or high >= vocab:
         raise ArgumentError(
@@ -235,39 +247,115 @@ def sparse_divergence(
             f"{vocab} tokens",
             "cut the teacher's logits to the shared vocabulary before making targets",
         )
-
-    log_ps = tempered_log_softmax(student_logits, temperature)
-    kept_ps = log_ps.gather(-1, indices)
-    kept_pt = targets.log_probs.to(log_ps.dtype)
-
-    if targets.tail == "renormalize":
-        return measure(kept_ps, kept_pt)  # its softmax is the renormalisation
-
-    if targets.tail == "bucket" and indices.shape[1] == vocab:
-        return measure(kept_ps, kept_pt)  # there is no rest
-
-    if targets.tail == "bucket":
-        rest_ps = _log_sum_exp(log_ps.scatter(-1, indices, -math.inf))
-        rest_pt = -torch.expm1(_log_sum_exp(kept_pt))
-        # A rest within the rounding of a sum of k numbers is none: a student that puts
-        # nothing there would get an infinite loss out of a rounding error.
-        rounding = indices.shape[1] * torch.finfo(rest_pt.dtype).eps
-        rest_pt = rest_pt.where(rest_pt > rounding, 0.0).log()
-        return measure(
-            torch.cat([kept_ps, rest_ps], dim=-1), torch.cat([kept_pt, rest_pt], dim=-1)
-        )
-
-    if divergence not in ("forward_kl", "cross_entropy"):
+    linear = divergence in ("forward_kl", "cross_entropy")
+    if targets.tail == "zero" and not linear:
         kind = 'tail "zero"' if targets.weights is None else "sampled targets"
         raise ArgumentError(
             f"divergence {divergence!r} with {kind}",
             'use "forward_kl" or "cross_entropy", or top-k targets with tail="bucket"',
         )
+    if targets.tail == "bucket" and indices.shape[1] == vocab:
+        return replace(targets, tail="renormalize")  # all are kept: there is no rest
+    return targets
+
+
+def of_logits(
+    student_logits: Logits, targets: SparseTargets, divergence: str, **params: float
+) -> PerToken:
+    """sparse_divergence of `checked` targets."""
+    z = tempered(student_logits[:, : targets.vocab_size], targets.temperature)
+    kept, total = _Gathered.apply(z, targets.indices.long(), without_kept(targets))
+    return of_kept(kept, total, targets, divergence, **params)
+
+
+def without_kept(targets: SparseTargets) -> bool:
+    """Is `total` of `gathered` that of the other tokens alone?"""
+    return targets.tail != "zero"
+
+
+def of_kept(
+    kept: Kept,
+    total: PerToken,
+    targets: SparseTargets,
+    divergence: str,
+    **params: float,
+) -> PerToken:
+    """The divergence from what it depends on, `gathered`'s kept and total."""
+    measure = get_divergence(divergence, **params)
+    kept_pt = targets.log_probs.to(kept.dtype)
+
+    if targets.tail == "renormalize":
+        return measure(kept, kept_pt)  # its softmax is the renormalisation
+
+    if targets.tail == "bucket":
+        # A rest within the rounding of a sum of k numbers is none: a student that puts
+        # nothing there would get an infinite loss out of a rounding error. The softmax
+        # of k logits and the others' log-sum-exp is the coarser distribution.
+        rest_pt = -torch.expm1(_log_sum_exp(kept_pt))
+        rounding = kept.shape[1] * torch.finfo(rest_pt.dtype).eps
+        rest_pt = rest_pt.where(rest_pt > rounding, 0.0).log()
+        return measure(
+            torch.cat([kept, total[:, None]], dim=-1),
+            torch.cat([kept_pt, rest_pt], dim=-1),
+        )
+
     weights = kept_pt.exp()
     if targets.weights is not None:
-        weights = targets.weights.to(log_ps.dtype)
-    terms = (kept_pt if divergence == "forward_kl" else 0.0) - kept_ps
+        weights = targets.weights.to(kept.dtype)
+    log_ps = kept - total[:, None]
+    terms = (kept_pt if divergence == "forward_kl" else 0.0) - log_ps
     return (weights * terms.where(weights > 0, 0.0)).sum(-1)
+
+
+@torch.no_grad()
+def gathered(
+    z: Logits, indices: KeptIds, without: bool
+) -> tuple[Kept, PerToken, Logits]:
+    """All that sparse targets need to know of logits, in float32 or more.
+
+    kept:  [N, k] the logits at indices
+    total: [N] the log-sum-exp of all logits or, `without` those kept, of the others
+    p:     [N, V] exp(z - total), 0 at those left out: total's gradient to z
+    """
+    wide = torch.promote_types(z.dtype, torch.float32)
+    kept, empty = z.gather(1, indices).to(wide), None
+    if without:
+        z = z.scatter(1, indices, -math.inf)
+    top, place = z.max(dim=1, keepdim=True)
+    if without:  # a row may have no others: its total is -inf
+        empty = top == -math.inf
+        top = top.masked_fill(empty, 0.0)
+        z.scatter_(1, place, top)
+    top = top.to(wide)
+    if z.is_cuda:
+        p = torch.softmax(z, dim=1, dtype=wide)
+        total = top - p.gather(1, place).log()
+    else:  # see tempered_log_softmax about large vocabularies
+        p = (z.to(wide) - top).exp_()
+        total = p.sum(dim=1, keepdim=True)
+        p /= total
+        total = top + total.log()
+    if without:
+        total = total.masked_fill(empty, -math.inf)
+        p.scatter_(1, place, p.gather(1, place).masked_fill(empty, 0.0))
+    return kept, total[:, 0], p
+
+
+class _Gathered(torch.autograd.Function):
+    """gathered's kept and total, with a gradient that needs one [N, V]."""
+
+    @staticmethod
+    def forward(ctx, z, indices, without):
+        kept, total, p = gathered(z, indices, without)
+        ctx.save_for_backward(p, indices, total)
+        return kept, total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_kept, d_total):
+        p, indices, total = ctx.saved_tensors
+        d_total = d_total.masked_fill(total == -math.inf, 0.0)
+        return (p * d_total[:, None]).scatter_add_(1, indices, d_kept), None, None
 
 
 def _check_logits(name, logits) -> None:

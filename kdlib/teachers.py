@@ -71,9 +71,7 @@ class LiveTeacher:
     @torch.no_grad()
     def targets(self, batch: PairedBatch) -> Float[Tensor, "N V"]:
         view = batch.teacher.to(self.device)
-        logits = self.model(
-            input_ids=view.input_ids, attention_mask=view.attention_mask.long()
-        ).logits
+        logits = self.model(**view.inputs(), use_cache=False).logits
         return view.select(logits).to(batch.response_ids.device)
 
     def signs(self) -> str:

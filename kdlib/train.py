@@ -22,7 +22,13 @@ import torch
 from kdlib.batching import batches_of_steps, check_responses, data_hash, shuffled
 from kdlib.distributed import ALONE, Ranks
 from kdlib.errors import ArgumentError, TrainingError
-from kdlib.gradients import StepLoss, StudentLoss, accumulate_gradient, add_gradient
+from kdlib.gradients import (
+    StepLoss,
+    StudentLoss,
+    accumulate_gradient,
+    add_gradient,
+    summed,
+)
 from kdlib.memory import memory_errors_explained, way_out
 from kdlib.objective import Objective
 from kdlib.on_policy import Author
@@ -30,9 +36,9 @@ from kdlib.pairs import EncodedPair, PairCollator, PairedBatch
 from kdlib.precision import Precision, check_scale, trained_weights
 from kdlib.run_folder import RunFolder
 from kdlib.settings import TrainConfig
-from kdlib.sharding import replicated, shard, whole
+from kdlib.sharding import blocks_of, replicated, shard, whole
 from kdlib.stopping import Stopped, StopRequest, stop_on_signals
-from kdlib.teachers import LiveTeacher, Teacher
+from kdlib.teachers import CachedTeacher, LiveTeacher, Teacher
 from kdlib.training_state import History, TrainingState, layout
 
 __all__ = [
@@ -104,6 +110,7 @@ def train(
         device,
         skip=state.step,
         rewrite=author.rewrite,
+        ask=teacher.targets if isinstance(teacher, CachedTeacher) else None,
         ranks=ranks,
     )
     remedy = way_out(config, objective, teacher, ranks, saved=run is not None)
@@ -142,7 +149,7 @@ def take_step(
     optimizer, scaler, step = state.optimizer, state.scaler, state.step
     for group in optimizer.param_groups:
         group["lr"] = config.rate(step)
-    found = add_gradient(
+    queued = add_gradient(
         loss_of,
         batches,
         scaler=scaler,
@@ -153,7 +160,8 @@ def take_step(
     norm = torch.nn.utils.clip_grad_norm_(
         state.student.parameters(), config.max_grad_norm
     )
-    norm = whole(norm).item()
+    found, norm = queued.fetch(whole(norm))
+    found = summed(state.ranks.gather(found))
     # In fp16 a gradient may overflow: the scaler leaves the step out and scales less.
     finite = math.isfinite(norm) or scaler.is_enabled()
     if not math.isfinite(found.loss) or not finite:
@@ -232,19 +240,21 @@ def ready(student, teacher: Teacher | None, config: TrainConfig) -> Iterator[Non
     if isinstance(teacher, LiveTeacher):
         models.append(teacher.model)
         home = next(teacher.model.parameters()).device
+    # Blocks are alike: one program does for all of a model's. And the attention mask is
+    # made outside, where transformers sees that causal attention needs none.
+    compiled = [part for model in models for part in blocks_of(model)]
+    compiled = compiled if config.compile else []
     student.train()
     try:
         if config.activation_checkpointing:
             switch_checkpointing(student, True)
-        if config.compile:
-            for model in models:
-                # Rows differ in length from step to step: one program for all lengths.
-                model.get_decoder().compile(dynamic=True)
+        for part in compiled:
+            # Rows differ in length from step to step: one program for all lengths.
+            part.compile(dynamic=True)
         yield
     finally:
-        if config.compile:
-            for model in models:
-                model.get_decoder()._compiled_call_impl = None
+        for part in compiled:
+            part._compiled_call_impl = None
         if config.activation_checkpointing:
             switch_checkpointing(student, False)
         if config.teacher_offload and len(models) == 2:

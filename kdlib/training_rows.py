@@ -243,7 +243,7 @@ def _cached(run: Run, folder: Path) -> None:
         run.pairs,
         run.collator,
         Objective(),
-        replace(run.config, fused=False),
+        run.config,
         teacher=CachedTeacher(cache, run.tokenizer, temperature=1.0),
         on_step=lambda step, loss: run.clock(loss),
     )

@@ -19,10 +19,10 @@ from kdlib.errors import ArgumentError, TrainingError
 from kdlib.fused import Head
 from kdlib.gradients import StudentLoss, add_gradient, attached
 from kdlib.objective import Objective
-from kdlib.pairs import PairCollator
+from kdlib.pairs import PairCollator, PairedBatch
 from kdlib.precision import Precision
 from kdlib.stopping import stop_on_signals
-from kdlib.teachers import LiveTeacher
+from kdlib.teachers import CachedTeacher, LiveTeacher, write_cache
 from kdlib.train import Stopped, TrainConfig, accumulate_gradient, train
 
 CPU = torch.device("cpu")
@@ -235,7 +235,7 @@ def test_a_gpu_gets_the_same_batches_in_the_same_order(collator, pairs, monkeypa
         applied.append(f)
         return batch
 
-    monkeypatch.setattr(batching, "each_tensor", each)
+    monkeypatch.setattr(PairedBatch, "map", each)
     found = []
     for name in ("cpu", "cuda"):
         steps = batching.batches_of_steps(
@@ -249,15 +249,15 @@ def test_a_gpu_gets_the_same_batches_in_the_same_order(collator, pairs, monkeypa
     assert "kdlib-prefetch" not in {t.name for t in threading.enumerate()}
 
 
-def test_each_tensor_reaches_every_tensor_of_a_batch(collator, pairs):
+def test_map_reaches_every_tensor_of_a_batch(collator, pairs):
     batch = collator.collate(pairs[:3])
     seen = []
-    again = batching.each_tensor(batch, lambda x: seen.append(x) or x.clone())
-    assert len(seen) == 10
+    again = batch.map(lambda x: seen.append(x) or x.clone())
+    assert len(seen) == 12  # the positions of each view among them
     assert torch.equal(again.teacher.input_ids, batch.teacher.input_ids)
     assert again.teacher.input_ids is not batch.teacher.input_ids
     assert torch.equal(again.truncated, batch.truncated)
-    assert batching.each_tensor(replace(batch, truncated=None), torch.clone)
+    assert replace(batch, truncated=None).map(torch.clone)
 
 
 def test_the_hash_sees_every_id_and_their_order(pairs):
@@ -324,7 +324,7 @@ def test_the_fused_loss_and_gradient_are_those_of_the_plain_path(
     for fused in (False, True):
         loss_of = StudentLoss(model.eval(), objective, teacher, fused=fused)
         model.zero_grad()
-        step = add_gradient(loss_of, batches, measure=True)
+        step = add_gradient(loss_of, batches, measure=True).fetch()[0]
         found[fused] = step, gradients(model)
     (plain, wanted), (fused, gradient) = found[False], found[True]
     assert fused.loss == pytest.approx(plain.loss, rel=1e-9)
@@ -339,6 +339,36 @@ def test_the_fused_loss_and_gradient_are_those_of_the_plain_path(
         plain.tokens,
         plain.teacher_tokens,
     )
+
+
+@pytest.mark.parametrize("tail", ["bucket", "sampled"])
+@pytest.mark.parametrize("hard_weight", [0.0, 0.3])
+def test_the_fused_loss_of_cached_targets_is_that_of_the_plain_path(
+    tokenizer, collator, pairs, tmp_path, tail, hard_weight
+):
+    model = gemma(tokenizer, 0).double()
+    batches = [collator.collate(pairs[:5]), collator.collate(pairs[5:])]
+    live = LiveTeacher(gemma(tokenizer, 1))
+    path = write_cache(tmp_path / "cache", live, batches, tokenizer, tail=tail)
+    teacher = CachedTeacher(path, tokenizer)
+    objective = Objective(hard_weight=hard_weight)
+    found = {}
+    for fused in (False, True):
+        loss_of = StudentLoss(model.eval(), objective, teacher, fused=fused)
+        model.zero_grad()
+        step = add_gradient(loss_of, batches, measure=True).fetch()[0]
+        found[fused] = step, gradients(model)
+    (plain, wanted), (fused, gradient) = found[False], found[True]
+    assert fused.loss == pytest.approx(plain.loss, rel=1e-9)
+    assert fused.parts["soft"] == pytest.approx(plain.parts["soft"], rel=1e-9)
+    assert fused.fidelity == pytest.approx(plain.fidelity, rel=1e-6)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-12)
+    # What is known before the step is not asked for again.
+    ahead = [replace(batch, targets=teacher.targets(batch)) for batch in batches]
+    loss_of = StudentLoss(model.eval(), objective, None)
+    model.zero_grad()
+    step = add_gradient(loss_of, ahead).fetch()[0]
+    assert step.loss == plain.loss
 
 
 def test_a_fused_run_ends_near_a_plain_one(tokenizer, teacher, collator, pairs):
@@ -387,12 +417,9 @@ def test_compile_takes_both_models_and_is_taken_back(
     monkeypatch.setattr(torch.nn.Module, "compile", compile)
     config = replace(CONFIG, compile=True)
     train(student, pairs, collator, Objective(), config, teacher=teacher)
-    assert compiled == [
-        (student.model, {"dynamic": True}),
-        (teacher.model.model, {"dynamic": True}),
-    ]
-    assert student.model._compiled_call_impl is None
-    assert teacher.model.model._compiled_call_impl is None
+    blocks = [*student.model.layers, *teacher.model.model.layers]
+    assert compiled == [(block, {"dynamic": True}) for block in blocks]
+    assert all(block._compiled_call_impl is None for block in blocks)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -413,7 +440,7 @@ def test_an_offloaded_teacher_is_there_for_its_forward_pass(
         ends.append(weights(student))
     assert torch.equal(*ends)
     if fused:
-        events = events[1:]  # the head was compared with the model's logits
+        events = events[2:]  # the head was compared with the model's logits
     # On a GPU the first of the three is "cuda:0", and so is the last of all.
     assert events == ["cpu", "forward", "cpu"] * (2 * CONFIG.steps) + ["cpu"]
 
