@@ -213,8 +213,7 @@ def response_logits(
     model.eval()
     try:
         view = getattr(batch, side).to(next(model.parameters()).device)
-        output = model(**view.inputs(), use_cache=False)
-        return view.select(output.logits)
+        return view.select(view.output_of(model).logits)
     finally:
         model.train(was_training)
 

@@ -46,6 +46,7 @@ from kdlib.sparse import (
     SparseTargets,
     checked,
     gathered,
+    kept_gradient,
     of_kept,
     of_logits,
     without_kept,
@@ -73,6 +74,9 @@ WORKSPACE = {"cuda": 3 * GIB // 2, "cpu": GIB // 16, "mps": GIB // 4}
 # Rows that plain torch differentiates at once, counted in logits: autograd's half dozen
 # temporaries of that size should stay in a CPU's cache, or fill a GPU.
 SLICE = {"cuda": 2**25, "cpu": 2**19, "mps": 2**23}
+# And of sparse targets, where the temporary is one and the cost is that of many small
+# operations a slice.
+KEPT_SLICE = {"cuda": 2**28, "cpu": 2**22, "mps": 2**25}
 # Bytes of a row that a Triton program takes at once. Three such blocks a side are under
 # way, which fills a multiprocessor: few rows are then in progress together, and more of
 # each is still in the L2 cache for the next pass.
@@ -291,6 +295,7 @@ def _run(
         closed_form=_closed_form(divergence, params),
         targets=targets,
         of_kept=functools.partial(of_kept, divergence=divergence, **params),
+        kept_gradient=functools.partial(kept_gradient, divergence=divergence, **params),
         wants_gradient=torch.is_grad_enabled(),  # inside _Fused it never is
     )
     return FusedDivergence(
@@ -318,6 +323,7 @@ class _Job:
     wants_gradient: bool
     targets: SparseTargets | None = None
     of_kept: Callable | None = None
+    kept_gradient: Callable | None = None
 
 
 class _Tokens(NamedTuple):
@@ -533,8 +539,8 @@ def _of_targets(divergence, params, student, targets, *, temperature):
 # -------------------------------------- loss and gradient of sparse targets, by formula
 #
 # They depend on a row's k kept logits and one log-sum-exp (sparse.py), a function of
-# few numbers that autograd differentiates. So G is p times the log-sum-exp's gradient,
-# and k more numbers: one softmax and one product of the size [n, V].
+# few numbers. So G is p times the log-sum-exp's gradient, and k more numbers: one
+# softmax and one product of the size [n, V].
 
 
 def _is_plain(job) -> bool:
@@ -545,24 +551,17 @@ def _is_plain(job) -> bool:
 
 
 def _by_kept(s, t, out, tokens, job) -> None:
-    step = max(1, SLICE.get(s.device.type, 2**23) // s.shape[1])
+    step = max(1, KEPT_SLICE.get(s.device.type, 2**23) // s.shape[1])
     for first in range(0, len(s), step):
         rows = slice(first, first + step)
         here = tokens.rows(rows)
         indices = here.targets.indices.long()
         kept, total, p = gathered(s[rows], indices, without_kept(here.targets))
-        wants = out is not None
-        with torch.set_grad_enabled(wants):
-            few = kept.requires_grad_(wants), total.requires_grad_(wants)
-            values = job.of_kept(*few, here.targets)
-            here.per_token.copy_(values.detach())
-            if not wants:
-                continue
-            weighted = (here.weights * values).sum()
-            d_kept, d_total = torch.autograd.grad(
-                weighted, few, allow_unused=True, materialize_grads=True
-            )
-        d_total = d_total.masked_fill(total == -math.inf, 0.0)[:, None]
+        here.per_token.copy_(job.of_kept(kept, total, here.targets))
+        if out is None:
+            continue
+        d_kept, d_total = job.kept_gradient(kept, total, here.targets)
+        d_kept, d_total = (here.weights[:, None] * d for d in (d_kept, d_total))
         torch.mul(p, d_total, out=out[rows])
         out[rows].scatter_add_(1, indices, d_kept.to(out.dtype))
 

@@ -278,12 +278,12 @@ def token_shares(
 
 def student_logits(student, batch: PairedBatch) -> torch.Tensor:
     """[N, V] the student's logits for every response token of the batch."""
-    return batch.student.select(_run(student, batch.student).logits)
+    return batch.student.select(batch.student.output_of(student).logits)
 
 
 def hidden_states(model, view: View) -> torch.Tensor:
     """[N, H] what the model's output head gets for every response token."""
-    return view.select(_run(decoder_of(model), view).last_hidden_state)
+    return view.select(view.output_of(decoder_of(model)).last_hidden_state)
 
 
 def attached(head: Head, model, *, trained: bool) -> Head:
@@ -297,11 +297,6 @@ def attached(head: Head, model, *, trained: bool) -> Head:
     if not trained:
         weight, bias = weight.detach(), None if bias is None else bias.detach()
     return replace(head, weight=weight, bias=bias)
-
-
-def _run(model, view: View):
-    # A cache is for generation; with activation checkpointing it would be wrong.
-    return model(**view.inputs(), use_cache=False)
 
 
 def _heads(student, objective, teacher) -> list[Head]:

@@ -17,7 +17,8 @@ Notation: Xiao & Zhu, Foundations of Large Language Models, ch. 3 (arXiv 2501.09
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import zip_longest
@@ -140,6 +141,12 @@ class View:
         mask = None if self.padded_at_the_end else self.attention_mask.long()
         return {"input_ids": self.input_ids, "attention_mask": mask}
 
+    def output_of(self, model):
+        """What a causal language model says of the view; a GPU is not waited for."""
+        # A cache is for generation; with activation checkpointing it would be wrong.
+        with _never_packed():
+            return model(**self.inputs(), use_cache=False)
+
     def map(self, f: Callable[[Tensor], Tensor]) -> View:
         """The view with f(tensor) in the place of every tensor.
 
@@ -153,6 +160,24 @@ class View:
 
     def to(self, device: torch.device | str) -> View:
         return self.map(lambda x: x.to(device))
+
+
+@contextmanager
+def _never_packed() -> Iterator[None]:
+    """Without a mask, transformers asks the GPU whether a row holds several texts one
+    after the other, and waits for the answer. No row of ours does."""
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    search = getattr(masking_utils, name, None)
+    if search is None:
+        yield
+        return
+    setattr(masking_utils, name, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, search)
 
 
 @dataclass(frozen=True, eq=False)

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     PerToken = Float[Tensor, "n"]
 
 TAILS = ("bucket", "zero", "renormalize")
+LINEAR = ("forward_kl", "cross_entropy")  # in the teacher's distribution
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,8 +248,7 @@ def checked(
             f"{vocab} tokens",
             "cut the teacher's logits to the shared vocabulary before making targets",
         )
-    linear = divergence in ("forward_kl", "cross_entropy")
-    if targets.tail == "zero" and not linear:
+    if targets.tail == "zero" and divergence not in LINEAR:
         kind = 'tail "zero"' if targets.weights is None else "sampled targets"
         raise ArgumentError(
             f"divergence {divergence!r} with {kind}",
@@ -281,30 +281,68 @@ def of_kept(
     **params: float,
 ) -> PerToken:
     """The divergence from what it depends on, `gathered`'s kept and total."""
-    measure = get_divergence(divergence, **params)
-    kept_pt = targets.log_probs.to(kept.dtype)
-
-    if targets.tail == "renormalize":
-        return measure(kept, kept_pt)  # its softmax is the renormalisation
-
-    if targets.tail == "bucket":
-        # A rest within the rounding of a sum of k numbers is none: a student that puts
-        # nothing there would get an infinite loss out of a rounding error. The softmax
-        # of k logits and the others' log-sum-exp is the coarser distribution.
-        rest_pt = -torch.expm1(_log_sum_exp(kept_pt))
-        rounding = kept.shape[1] * torch.finfo(rest_pt.dtype).eps
-        rest_pt = rest_pt.where(rest_pt > rounding, 0.0).log()
-        return measure(
-            torch.cat([kept, total[:, None]], dim=-1),
-            torch.cat([kept_pt, rest_pt], dim=-1),
-        )
-
-    weights = kept_pt.exp()
-    if targets.weights is not None:
-        weights = targets.weights.to(kept.dtype)
+    if targets.tail != "zero":
+        student, teacher = _coarse(kept, total, targets)
+        return get_divergence(divergence, **params)(student, teacher)
+    log_pt, weights = _terms(kept, targets)
     log_ps = kept - total[:, None]
-    terms = (kept_pt if divergence == "forward_kl" else 0.0) - log_ps
+    terms = (log_pt if divergence == "forward_kl" else 0.0) - log_ps
     return (weights * terms.where(weights > 0, 0.0)).sum(-1)
+
+
+@torch.no_grad()
+def kept_gradient(
+    kept: Kept,
+    total: PerToken,
+    targets: SparseTargets,
+    divergence: str,
+    **params: float,
+) -> tuple[Kept, PerToken]:
+    """of_kept's gradient to kept [N, k] and total [N, 1]."""
+    if targets.tail == "zero":
+        _, weights = _terms(kept, targets)
+        found = -weights, weights.sum(-1, keepdim=True)
+    elif divergence in LINEAR:  # in the teacher: the softmax's gradient is q - p
+        student, teacher = _coarse(kept, total, targets)
+        few = student.softmax(-1) - teacher.softmax(-1)
+        rest = few[:, kept.shape[1] :]
+        if targets.tail == "renormalize":
+            rest = torch.zeros_like(total)[:, None]
+        found = few[:, : kept.shape[1]], rest
+    else:
+        with torch.enable_grad():
+            few = kept.detach().requires_grad_(), total.detach().requires_grad_()
+            values = of_kept(*few, targets, divergence, **params)
+            found = torch.autograd.grad(
+                values.sum(), few, allow_unused=True, materialize_grads=True
+            )
+        found = found[0], found[1][:, None]
+    d_kept, d_total = found
+    return d_kept, d_total.masked_fill(total[:, None] == -math.inf, 0.0)
+
+
+def _coarse(kept: Kept, total: PerToken, targets: SparseTargets) -> tuple[Kept, Kept]:
+    """Logits of the kept tokens, and of the rest as one event where it is a bucket;
+    the student's and the teacher's."""
+    kept_pt = targets.log_probs.to(kept.dtype)
+    if targets.tail == "renormalize":
+        return kept, kept_pt  # their softmax is the renormalisation
+    # A rest within the rounding of a sum of k numbers is none: a student that puts
+    # nothing there would get an infinite loss out of a rounding error. The softmax
+    # of k logits and the others' log-sum-exp is the coarser distribution.
+    rest_pt = -torch.expm1(_log_sum_exp(kept_pt))
+    rounding = kept.shape[1] * torch.finfo(rest_pt.dtype).eps
+    rest_pt = rest_pt.where(rest_pt > rounding, 0.0).log()
+    student = torch.cat([kept, total[:, None]], dim=-1)
+    return student, torch.cat([kept_pt, rest_pt], dim=-1)
+
+
+def _terms(kept: Kept, targets: SparseTargets) -> tuple[Kept, Kept]:
+    """log p_t of the kept tokens, and the weights of their terms."""
+    kept_pt = targets.log_probs.to(kept.dtype)
+    if targets.weights is not None:
+        return kept_pt, targets.weights.to(kept.dtype)
+    return kept_pt, kept_pt.exp()
 
 
 @torch.no_grad()

@@ -71,7 +71,7 @@ class LiveTeacher:
     @torch.no_grad()
     def targets(self, batch: PairedBatch) -> Float[Tensor, "N V"]:
         view = batch.teacher.to(self.device)
-        logits = self.model(**view.inputs(), use_cache=False).logits
+        logits = view.output_of(self.model).logits
         return view.select(logits).to(batch.response_ids.device)
 
     def signs(self) -> str:

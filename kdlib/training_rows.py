@@ -227,7 +227,7 @@ def _kdlib(run: Run, folder: Path, **settings) -> None:
     )
 
 
-def _cached(run: Run, folder: Path) -> None:
+def _cached(run: Run, folder: Path, **settings) -> None:
     cache = write_cache(
         folder / "cache.safetensors",
         LiveTeacher(run.teacher),
@@ -243,7 +243,7 @@ def _cached(run: Run, folder: Path) -> None:
         run.pairs,
         run.collator,
         Objective(),
-        run.config,
+        replace(run.config, **settings),
         teacher=CachedTeacher(cache, run.tokenizer, temperature=1.0),
         on_step=lambda step, loss: run.clock(loss),
     )
@@ -340,6 +340,7 @@ ROWS = {
     "kdlib": Row(_kdlib),
     "kdlib, compiled": Row(partial(_kdlib, compile=True)),
     "kdlib, cached": Row(_cached, dense=False),
+    "kdlib, cached, compiled": Row(partial(_cached, compile=True), dense=False),
 }
 
 

@@ -326,6 +326,7 @@ def test_targets(monkeypatch):
         "kdlib": [took([10.0], peak_mib=350, flops=4.5e12)],
         "kdlib, compiled": [took([10.1], peak_mib=351, flops=4.5e12)],
         "kdlib, cached": [took([6.6], first_loss=1.9)],
+        "kdlib, cached, compiled": [took([6.8], first_loss=1.9)],
     }
     assert verdicts(report(monkeypatch, takes)) == {
         ("kdlib", "tokens_per_s"): "met",
@@ -335,6 +336,7 @@ def test_targets(monkeypatch):
         ("kdlib, compiled", "peak_mib"): "missed",
         ("kdlib, compiled", "mfu"): "missed",
         ("kdlib, cached", "tokens_per_s"): "met",
+        ("kdlib, cached, compiled", "tokens_per_s"): "missed",
     }
     elsewhere = verdicts(report(monkeypatch, takes, preset="small"))
     assert set(elsewhere.values()) == {"not measured"}

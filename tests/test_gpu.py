@@ -123,6 +123,8 @@ def test_the_fused_loss(name, hard, dtype):
         **options,
     )
     value, gradient = LIMITS[dtype]
+    if name == "tvd":  # its gradient is a sign, which turns where p_s is near p_t
+        gradient = max(gradient, 5e-2)
     assert error(found.per_token, values) < value
     for got, want in zip(
         torch.autograd.grad(found.total, leaves), gradients, strict=True
@@ -253,7 +255,7 @@ def test_metrics_tell_of_the_gpu(tokenizer, collator, pairs, tmp_path):
     run(tokenizer, collator, pairs, config, folder=tmp_path)
     lines = [json.loads(line) for line in open(tmp_path / "metrics.jsonl")]
     for line in lines:
-        assert 0 <= line["top1_agreement"] <= 1 and line["kl"] >= 0
+        assert 0 <= line["agreement"] <= 1 and line["kl"] >= 0
         assert 2**20 < line["peak_memory"] <= torch.cuda.max_memory_allocated()
 
 
@@ -284,9 +286,8 @@ def test_the_fused_loss_keeps_no_logits(tokenizer, collator, pairs):
     assert peaks[True] < peaks[False]
 
 
-def test_a_step_waits_for_the_gpu_a_few_times_at_most(tokenizer, collator, pairs):
-    """torch's own count of waits: the numbers of the step, and what transformers and
-    the optimiser ask for."""
+def test_a_step_waits_for_the_gpu_once(tokenizer, collator, pairs):
+    """torch's own count of waits."""
     waits = []
 
     def count(step, loss):
@@ -303,7 +304,7 @@ def test_a_step_waits_for_the_gpu_a_few_times_at_most(tokenizer, collator, pairs
             torch.cuda.set_sync_debug_mode("default")
     each = [b - a for a, b in zip(waits[2:], waits[3:], strict=False)]
     print(each, {str(w.message)[:80] for w in caught})
-    assert each and max(each) <= 2
+    assert each and max(each) == 1
 
 
 def test_stopped_by_a_signal(tokenizer, collator, pairs, tmp_path):

@@ -418,7 +418,7 @@ def test_compile_takes_both_models_and_is_taken_back(
     config = replace(CONFIG, compile=True)
     train(student, pairs, collator, Objective(), config, teacher=teacher)
     blocks = [*student.model.layers, *teacher.model.model.layers]
-    assert compiled == [(block, {"dynamic": True}) for block in blocks]
+    assert compiled == [(block, {}) for block in blocks]
     assert all(block._compiled_call_impl is None for block in blocks)
 
 

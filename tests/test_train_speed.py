@@ -1,7 +1,6 @@
 """What costs a GPU its time, shown on a CPU: waiting, masks, one program for many."""
 
 import math
-import sys
 
 import pytest
 import torch
@@ -56,8 +55,7 @@ SIZES = {"nonzero", "masked_select", "_unique2", "unique_dim", "_local_scalar_de
 
 
 class Waits(TorchFunctionMode):
-    """The names of all that would wait for a GPU, in order, but for what transformers
-    does: a forward pass of it looks once into the mask or the positions."""
+    """The names of all that would wait for a GPU, in order."""
 
     def __init__(self):
         super().__init__()
@@ -66,8 +64,7 @@ class Waits(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__name__", "") in READS:
-            if "transformers" not in sys._getframe(1).f_globals["__name__"]:
-                self.seen.append(func.__name__)
+            self.seen.append(func.__name__)
             with torch._C._DisableTorchDispatch():  # counted already
                 return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -196,7 +193,7 @@ def test_what_is_known_of_a_view_moves_with_it(collator, pairs):
 # --- Compiling: blocks are alike, so one program does for all ---
 
 
-def test_one_program_for_all_blocks_and_no_mask_in_it(
+def test_few_programs_for_all_blocks_and_no_mask_in_them(
     student, teacher, pairs, collator, monkeypatch
 ):
     graphs = []
@@ -216,7 +213,7 @@ def test_one_program_for_all_blocks_and_no_mask_in_it(
     for compiled in (False, True):
         model = models.build(collator.tokenizer, hidden_size=16, layers=3, heads=2)
         config = TrainConfig(
-            steps=2, batch_size=4, learning_rate=1e-2, fused=True, compile=compiled
+            steps=6, batch_size=2, learning_rate=1e-2, fused=True, compile=compiled
         )
         history = train(
             model, pairs, collator, Objective(), config, teacher=LiveTeacher(teacher)
@@ -225,8 +222,9 @@ def test_one_program_for_all_blocks_and_no_mask_in_it(
         for part in (*blocks_of(model), *blocks_of(teacher)):
             assert part._compiled_call_impl is None
     assert seen[True] == pytest.approx(seen[False], rel=1e-6)
-    # Student in train mode, teacher without gradient: a program each.
-    assert len(graphs) == 2
+    # Student in train mode, teacher without gradient: each has a program for all
+    # lengths and perhaps one for the first.
+    assert 2 <= len(graphs) <= 4
     for graph in graphs:
         calls = [n for n in graph.graph.nodes if "scaled_dot" in str(n.target)]
         assert [call.kwargs["attn_mask"] for call in calls] == [None]
