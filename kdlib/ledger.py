@@ -1,7 +1,8 @@
 """Result files: who made a number, and how sure it is.
 
 Every number that a notebook quotes stands in a JSON file under notebooks/results,
-with the command that made it. (Claims and their rendering come later.)
+with the command that made it. An experiment that was stopped goes on from its file,
+if it is still the same experiment.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdlib.errors import ArgumentError, StorageError
+from kdlib.errors import ArgumentError, DataError, StorageError
 
 # Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -89,6 +90,63 @@ def t95(freedom: int) -> float:
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
     )
     return z + sum(term / freedom**k for k, term in enumerate(terms, 1))
+
+
+def command_of(script: str, options: dict) -> str:
+    """The command that a result file names: a script of notebooks/experiments.
+
+    options: what it was given, by the parser's names; but `out`, where the file was
+    put. An option that is None or False was not given.
+    """
+    words = [f"python notebooks/experiments/{script}"]
+    for name, value in options.items():
+        if name == "out" or value is None or value is False:
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words += map(str, value if isinstance(value, (list, tuple)) else [value])
+    return " ".join(words)
+
+
+def resume(
+    path: str | Path, settings: dict, *, seeds: int | None = None
+) -> tuple[list[dict], float]:
+    """The `runs` that a result file has, and the `core_minutes` that they took.
+
+    settings: the entries of the result that decide what its runs are, in any order;
+              the file was written with the same ones
+    seeds:    those asked for; the file's runs have no later one
+
+    None and 0 minutes where there is no file, or one without runs. Raises DataError
+    where it cannot be read, or is of another experiment: runs of two would be averaged
+    as if they were one.
+    """
+    path = Path(path)
+    elsewhere = "name another file (--out FILE), or remove this one to begin anew"
+    try:
+        earlier = json.loads(path.read_text("utf-8"))
+        runs, minutes = list(earlier.get("runs", [])), earlier.get("core_minutes", 0.0)
+    except FileNotFoundError:
+        return [], 0.0
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise DataError(f"{path} is no result file: {error}", elsewhere) from error
+    if not runs:
+        return [], minutes
+    now = json.loads(json.dumps(settings))  # as a file holds them: keys are strings
+    for name in now:
+        if name not in earlier or earlier[name] != now[name]:
+            raise DataError(
+                f"{path} holds runs of another experiment: {name} = "
+                f"{earlier.get(name)!r} there, {now[name]!r} now",
+                f"give the options it was made with; {elsewhere}",
+            )
+    last = max(run["seed"] for run in runs)
+    if seeds is not None and last >= seeds:
+        raise DataError(
+            f"{path} holds {last + 1} seeds, and {seeds} were asked for",
+            f"ask for {last + 1} or more; {elsewhere}",
+        )
+    return runs, minutes
 
 
 def provenance(command: str) -> dict[str, str]:

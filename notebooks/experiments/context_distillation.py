@@ -1,11 +1,9 @@
 """A context distilled into the teacher's own weights, into a tag, into a few vectors.
 
     OMP_NUM_THREADS=1 python notebooks/experiments/context_distillation.py [--seeds 5]
-    OMP_NUM_THREADS=1 python notebooks/experiments/context_distillation.py --smollm2
 
 Writes notebooks/results/context_distillation.json after every run, and goes on from it.
-(For a short trial: `--share 0.1 --out FILE`.) The second command adds gain and floor of
-SmolLM2-135M-Instruct to the file, once; it trains nothing.
+(For a short trial: `--share 0.1 --out FILE`.)
 
 The shipped teacher reads a context c and an input z, and answers at temperature 1. The
 student is a copy of it that reads x' = (c', z):
@@ -39,7 +37,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +46,7 @@ from torn_teacher import Kept
 
 from kdlib import localize, models
 from kdlib.evaluate import evaluate
-from kdlib.ledger import mean_interval, provenance, write_json
+from kdlib.ledger import command_of, mean_interval, provenance, resume, write_json
 from kdlib.objective import Objective
 from kdlib.pairs import PairCollator, PairedExample
 from kdlib.recovery import measure_recovery
@@ -83,11 +80,6 @@ DIFFERENCES = (
     (ONE, HARD),
     (ONE, SOFT),
     (MIXED, TAG),
-)
-PIRATES = (
-    "You are a pirate. Answer in one short sentence, and talk like a pirate.",
-    "You are a poet. Answer in one short sentence, in verse.",
-    "You are a lawyer. Answer in one short sentence, in legal terms.",
 )
 
 
@@ -262,40 +254,31 @@ def summary(runs: list[dict], seeds: int) -> dict:
     }
 
 
-def smollm2(inputs: int, new_tokens: int) -> dict:
-    """Gain and floor of three characters that leave the question alone."""
-    from smollm2_common import questions
-
-    model, tokenizer = models.load("smollm2-135m-instruct")
-    collator = PairCollator(tokenizer)
-    found = measure_recovery(
-        model, collator, questions(True)[:inputs], PIRATES, max_new_tokens=new_tokens
-    )
-    return {
-        "contexts": list(PIRATES),
-        "inputs": inputs,
-        "new_tokens": new_tokens,
-        **{n: vars(getattr(found, n)) for n in ("gain", "floor", "floor_above")},
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--share", type=float, default=1.0, help="of the steps")
-    parser.add_argument("--smollm2", action="store_true", help="only SmolLM2's floor")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     models.quiet_transformers()
-    earlier = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    if arguments.smollm2:
-        told = {**provenance(f"{COMMAND} --smollm2"), **smollm2(10, 16)}
-        earlier = json.loads(arguments.out.read_text()) if earlier else {}
-        write_json(arguments.out, {**earlier, "smollm2": told})
-        return
     model, tokenizer = models.load("teacher")
     of_row = tasks(model, tokenizer)
+    settings = {
+        "contexts": {row: of_row[row].contexts for row in (ONE, MIXED)},
+        "settings": {
+            row: {
+                "steps": max(2, round(arguments.share * c.steps)),
+                "learning_rate": c.learning_rate,
+                "batch_size": c.batch_size,
+            }
+            for row, c in CONFIGS.items()
+        },
+        "inputs": INPUTS,
+        "test": TESTS,
+        "tokens_heard": len(of_row[ONE].heard[0].response_ids),
+    }
+    runs, before = resume(arguments.out, settings, seeds=arguments.seeds)
     limits = {row: of_row[row].limits() for row in (ONE, MIXED, TAG)}
     limits = {row: limits[TASK_OF.get(row, row)] for row in CONFIGS}
     fixed = {
@@ -305,33 +288,18 @@ def main() -> None:
         }
         for row in (ONE, MIXED, TAG)
     }
-    runs, before = earlier.get("runs", []), earlier.get("core_minutes", 0.0)
 
     def save() -> None:
-        kept = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
         result = {
-            **provenance(COMMAND),
+            **provenance(command_of("context_distillation.py", vars(arguments))),
             "core_minutes": round(before + time.process_time() / 60, 1),
-            "contexts": {row: of_row[row].contexts for row in (ONE, MIXED)},
-            "settings": {
-                row: {
-                    "steps": max(2, round(arguments.share * c.steps)),
-                    "learning_rate": c.learning_rate,
-                    "batch_size": c.batch_size,
-                }
-                for row, c in CONFIGS.items()
-            },
-            "inputs": INPUTS,
-            "test": TESTS,
-            "tokens_heard": len(of_row[ONE].heard[0].response_ids),
+            **settings,
             "seeds": arguments.seeds,
             "limits": limits,
             "fixed": fixed,
             "runs": runs,
             **summary(runs, arguments.seeds),
         }
-        if "smollm2" in kept:
-            result["smollm2"] = kept["smollm2"]
         write_json(arguments.out, result)
 
     save()
@@ -346,8 +314,6 @@ def main() -> None:
             shown = [f"{m} {found[m]:.3f}" for m in ("kl", "exact", "recovery")]
             print(f"seed {seed}, {row}: {', '.join(shown)}", flush=True)
 
-
-COMMAND = "python notebooks/experiments/context_distillation.py"
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
 """What a student learns of the tokens that its teacher nearly wrote, over paired seeds.
 
-    OMP_NUM_THREADS=1 python notebooks/experiments/dark_knowledge.py
+    OMP_NUM_THREADS=1 python notebooks/experiments/dark_knowledge.py [--seeds 3]
 
 Writes notebooks/results/dark_knowledge.json after every run, and goes on from it.
 
@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +35,7 @@ import torch
 
 from kdlib import localize, models, phone
 from kdlib.evaluate import evaluate, teacher_reference
-from kdlib.ledger import mean_interval, provenance, write_json
+from kdlib.ledger import command_of, mean_interval, provenance, resume, write_json
 from kdlib.objective import Objective
 from kdlib.teachers import LiveTeacher
 from kdlib.train import train
@@ -51,7 +50,6 @@ ROWS = (
     ANSWERS,
 )
 MEASURES = ("correlation", "gap", "kl", "exact_match")
-SEEDS = 3
 EXAMPLE = "Spanish (Portugal)"
 
 
@@ -112,7 +110,7 @@ def trained(row: str, data: phone.Data, plan, seed: int):
     return student
 
 
-def summary(runs: list[dict]) -> dict:
+def summary(runs: list[dict], seeds: int) -> dict:
     """Means with 95 % intervals, and the distilled student minus every other row."""
     values = {
         row: {
@@ -124,7 +122,7 @@ def summary(runs: list[dict]) -> dict:
     complete = {
         row: found
         for row, found in values.items()
-        if len(found["kl"]) == SEEDS  # runs are made seed by seed, in order
+        if len(found["kl"]) == seeds > 1  # runs are made seed by seed, in order
     }
     ours = complete.get(phone.DISTILLED)
     if ours is None:
@@ -154,6 +152,7 @@ def summary(runs: list[dict]) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--share", type=float, default=1.0, help="of the training")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
@@ -170,10 +169,15 @@ def main() -> None:
         return {text: log_probs[begin, i].item() for text, i in firsts.items()}
 
     plan = phone.budgets(data, arguments.share)
-    earlier = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    runs, before = earlier.get("runs", []), earlier.get("core_minutes", 0.0)
+    settings = {
+        "share": arguments.share,
+        "steps": {row: budget.steps for row, budget in plan.items()},
+        "test": len(data.test),
+        "forks": len(places),
+    }
+    runs, before = resume(arguments.out, settings, seeds=arguments.seeds)
     done = {(run["row"], run["seed"]) for run in runs}
-    for seed, row in itertools.product(range(SEEDS), ROWS):
+    for seed, row in itertools.product(range(arguments.seeds), ROWS):
         if (row, seed) in done:
             continue
         student = trained(row, data, plan, seed)
@@ -192,19 +196,16 @@ def main() -> None:
         runs.append(run)
         print(run, flush=True)
         result = {
-            **provenance("python notebooks/experiments/dark_knowledge.py"),
+            **provenance(command_of("dark_knowledge.py", vars(arguments))),
             "core_minutes": round(before + time.process_time() / 60, 1),
-            "share": arguments.share,
-            "steps": {row: budget.steps for row, budget in plan.items()},
-            "test": len(data.test),
-            "forks": len(places),
-            "seeds": SEEDS,
+            **settings,
+            "seeds": arguments.seeds,
             "teacher": {
                 "log_prob": teacher.mean().item(),
                 "example": at_example(taught),
             },
             "runs": runs,
-            **summary(runs),
+            **summary(runs, arguments.seeds),
         }
         write_json(arguments.out, result)
 

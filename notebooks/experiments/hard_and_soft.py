@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +33,7 @@ import torch
 from kdlib import localize, models, phone
 from kdlib.divergences import cross_entropy
 from kdlib.evaluate import evaluate, teacher_reference
-from kdlib.ledger import mean_interval, provenance, write_json
+from kdlib.ledger import command_of, mean_interval, provenance, resume, write_json
 from kdlib.objective import Objective
 from kdlib.pairs import EncodedPair
 from kdlib.sparse import sampled_targets
@@ -177,23 +176,21 @@ def main() -> None:
     test = data.batches(asked.labelled(asked.logits.argmax(-1)))
     test = test, teacher_reference(teacher, test)
     steps = max(1, round(arguments.share * STEPS))
-    earlier = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    runs = earlier.get("runs", [])
-    before = earlier.get("core_minutes", 0.0)
+    settings = {
+        "steps": steps,
+        "batch_size": phone.CONFIG.batch_size,
+        "test": len(asked.prompts),
+    }
+    runs, before = resume(arguments.out, settings, seeds=arguments.seeds)
     done = {(r["row"], r["inputs"], r["seed"]) for r in runs}
     for seed, inputs, row in itertools.product(range(arguments.seeds), INPUTS, ROWS):
         if (row, inputs, seed) not in done:
             runs.append(run(data, questions, test, row, inputs, seed, steps))
             print(runs[-1], flush=True)
         result = {
-            **provenance(
-                "python notebooks/experiments/hard_and_soft.py "
-                f"--seeds {arguments.seeds} --share {arguments.share:g}"
-            ),
+            **provenance(command_of("hard_and_soft.py", vars(arguments))),
             "core_minutes": round(before + time.process_time() / 60, 1),
-            "steps": steps,
-            "batch_size": phone.CONFIG.batch_size,
-            "test": len(asked.prompts),
+            **settings,
             "seeds": arguments.seeds,
             "teacher_entropy": entropy(asked.logits),
             "runs": runs,

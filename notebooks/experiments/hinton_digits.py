@@ -19,7 +19,6 @@ first weights and the order of its images; differences are taken seed by seed.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -28,7 +27,7 @@ import torch
 from kdlib import digits
 from kdlib.digits import Part
 from kdlib.features import hidden_mse, linear_probe, relational_distance
-from kdlib.ledger import mean_interval, provenance, write_json
+from kdlib.ledger import command_of, mean_interval, provenance, resume, write_json
 from kdlib.objective import Objective
 
 RESULT = Path(__file__).parents[1] / "results" / "hinton_digits.json"
@@ -36,7 +35,7 @@ SEEDS = 6
 WIDTHS = (8, 64)
 TEMPERATURES = (1, 2, 4, 8, 20)
 FEW = (1, 4, 20)  # without the missing class
-STEPS = 2000
+STEPS, TEACHER_STEPS = 2000, 3000
 MISSING = 3  # the class that students never see
 WIDE, MIDDLE = 64, 4  # the width without the missing class; a temperature between
 HARD = "hard labels"
@@ -57,7 +56,7 @@ def rate(wrong: torch.Tensor) -> float:
     return wrong.double().mean().item()
 
 
-def students(width, data, teacher_logits, seed, temperatures) -> dict:
+def students(width, data, teacher_logits, seed, temperatures, steps) -> dict:
     """One on labels, and one on the teacher's logits at each temperature."""
     found = {}
     for name, objective in {
@@ -66,16 +65,16 @@ def students(width, data, teacher_logits, seed, temperatures) -> dict:
     }.items():
         model = digits.network(width, seed=seed)
         targets = None if name == HARD else teacher_logits
-        digits.fit(model, data, targets, objective, steps=STEPS, seed=seed)
+        digits.fit(model, data, targets, objective, steps=steps, seed=seed)
         found[name] = model
     return found
 
 
-def by_temperature(train, held_out, teacher_logits, seed) -> dict:
+def by_temperature(train, held_out, teacher_logits, seed, steps) -> dict:
     """Width -> row -> share of held-out images answered wrongly."""
     found = {}
     for width in WIDTHS:
-        models = students(width, train, teacher_logits, seed, TEMPERATURES)
+        models = students(width, train, teacher_logits, seed, TEMPERATURES, steps)
         found[str(width)] = {
             name: rate(errors(m, held_out)) for name, m in models.items()
         }
@@ -85,7 +84,7 @@ def by_temperature(train, held_out, teacher_logits, seed) -> dict:
     # Is a small student worse at T = 20, or only slower?
     narrow = digits.network(WIDTHS[0], seed=seed)
     hot = Objective(temperature=TEMPERATURES[-1])
-    options = {"steps": 2 * STEPS, "seed": seed}
+    options = {"steps": 2 * steps, "seed": seed}
     digits.fit(narrow, train, teacher_logits, hot, **options)
     found[str(WIDTHS[0])]["T = 20, twice the steps"] = rate(errors(narrow, held_out))
 
@@ -94,12 +93,12 @@ def by_temperature(train, held_out, teacher_logits, seed) -> dict:
     student = sum(p.numel() for p in digits.network(WIDE).parameters())
     teacher = sum(p.numel() for p in digits.network(digits.TEACHER_WIDTH).parameters())
     asked = 2 * teacher * len(train.labels)
-    more = round(STEPS + asked / (6 * student * digits.BATCH))
+    more = round(steps + asked / (6 * student * digits.BATCH))
     model = digits.network(WIDE, seed=seed)
     digits.fit(model, train, None, LABELS_ALONE, steps=more, seed=seed)
     wide["hard labels, equal FLOPs"] = rate(errors(model, held_out))
     model = digits.network(WIDE, seed=seed)
-    options = {"steps": STEPS, "shifted": True, "seed": seed}
+    options = {"steps": steps, "shifted": True, "seed": seed}
     digits.fit(model, train, None, LABELS_ALONE, **options)
     wide["hard labels, shifted images"] = rate(errors(model, held_out))
     return found
@@ -146,7 +145,7 @@ def missing_class(models, validation, test) -> dict:
     return found
 
 
-def matched_by_states(train, teacher, seed) -> dict:
+def matched_by_states(train, teacher, seed, steps) -> dict:
     """Students whose last hidden layer was matched; their output layer is untrained."""
     with torch.no_grad():
         wanted = teacher[:-1](train.images)
@@ -169,7 +168,7 @@ def matched_by_states(train, teacher, seed) -> dict:
         if name == "relations":
             trained = model[:-1]
         n = len(train.labels)
-        digits.minimise(loss, trained, n, STEPS, 5e-3, generator, seed)
+        digits.minimise(loss, trained, n, steps, 5e-3, generator, seed)
         found[name] = model
     return found
 
@@ -195,15 +194,17 @@ def probed(models, teacher, train, test) -> dict:
     return found
 
 
-def run(seed: int) -> dict:
+def run(seed: int, share: float = 1.0) -> dict:
+    steps = max(1, round(share * STEPS))
     train, validation, test = digits.split(seed)
     held_out = Part(*map(torch.cat, zip(validation, test, strict=True)))
-    teacher = digits.train_teacher(train, seed=seed)
+    taught = max(1, round(share * TEACHER_STEPS))
+    teacher = digits.train_teacher(train, steps=taught, seed=seed)
     with torch.no_grad():
         logits = teacher(train.images)
     keep = without(train, MISSING)
     transfer = Part(train.images[keep], train.labels[keep])
-    models = students(WIDE, transfer, logits[keep], seed, FEW)
+    models = students(WIDE, transfer, logits[keep], seed, FEW, steps)
     states = {
         "teacher": teacher,
         "untrained": digits.network(WIDE, seed=seed),
@@ -211,12 +212,12 @@ def run(seed: int) -> dict:
         "responses, T = 1": models[soft(1)],
         "responses, T = 4": models[soft(MIDDLE)],
         "responses, T = 20": models[soft(20)],
-        **matched_by_states(transfer, teacher, seed),
+        **matched_by_states(transfer, teacher, seed, steps),
     }
     return {
         "seed": seed,
         "teacher": rate(errors(teacher, held_out)),
-        "temperature": by_temperature(train, held_out, logits, seed),
+        "temperature": by_temperature(train, held_out, logits, seed, steps),
         "missing class": missing_class(models, validation, test),
         "probe": probed(states, teacher, train, test),
     }
@@ -289,24 +290,26 @@ def summary(runs: list[dict]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--share", type=float, default=1.0, help="of the steps")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    earlier = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    runs = earlier.get("runs", [])
-    before = earlier.get("core_minutes", 0.0)
+    settings = {
+        "images": [len(part.labels) for part in digits.split(0)],
+        "teacher_width": digits.TEACHER_WIDTH,
+        "widths": WIDTHS,
+        "temperatures": TEMPERATURES,
+        "steps": max(1, round(arguments.share * STEPS)),
+    }
+    runs, before = resume(arguments.out, settings, seeds=arguments.seeds)
     for seed in range(len(runs), arguments.seeds):
-        runs.append(run(seed))
+        runs.append(run(seed, arguments.share))
         minutes = before + time.process_time() / 60
         result = {
-            **provenance("python notebooks/experiments/hinton_digits.py"),
+            **provenance(command_of("hinton_digits.py", vars(arguments))),
             "core_minutes": round(minutes, 1),
+            **settings,
             "seeds": len(runs),
-            "images": [len(part.labels) for part in digits.split(0)],
-            "teacher_width": digits.TEACHER_WIDTH,
-            "widths": WIDTHS,
-            "temperatures": TEMPERATURES,
-            "steps": STEPS,
             "runs": runs,
         }
         if len(runs) > 1:

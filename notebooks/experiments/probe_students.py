@@ -12,7 +12,6 @@ those of the test split, for the embedding and after every layer.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torch
 
 from kdlib import localize, models, phone
 from kdlib.features import linear_probe
-from kdlib.ledger import mean_interval, provenance, write_json
+from kdlib.ledger import command_of, mean_interval, provenance, resume, write_json
 
 RESULT = Path(__file__).parents[1] / "results" / "probe_students.json"
 SEEDS = 5
@@ -67,9 +66,13 @@ def main() -> None:
         for split in ("validation", "test")
     }
     plan = phone.budgets(data, arguments.share)
-    earlier = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    runs = earlier.get("runs", [])
-    before = earlier.get("core_minutes", 0.0)
+    settings = {
+        "steps": {row: plan[row].steps for row in TRAINED},
+        "kinds": localize.KINDS,
+        "fitted on": len(kinds("validation")),
+        "judged on": len(kinds("test")),
+    }
+    runs, before = resume(arguments.out, settings, seeds=arguments.seeds)
     teacher = {
         "with its instruction": probed(data.teacher, splits, "teacher"),
         "without it": probed(data.teacher, splits),
@@ -84,15 +87,12 @@ def main() -> None:
         write_json(
             arguments.out,
             {
-                **provenance("python notebooks/experiments/probe_students.py"),
+                **provenance(command_of("probe_students.py", vars(arguments))),
                 "core_minutes": round(minutes, 1),
                 "seeds": len(runs),
-                "steps": {row: plan[row].steps for row in TRAINED},
-                "kinds": localize.KINDS,
+                **settings,
                 "most frequent kind": kinds("test").bincount().max().item()
                 / len(kinds("test")),
-                "fitted on": len(kinds("validation")),
-                "judged on": len(kinds("test")),
                 "teacher": teacher,
                 "runs": runs,
                 **(summary(runs) if len(runs) > 1 else {}),

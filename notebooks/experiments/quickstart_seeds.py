@@ -27,7 +27,7 @@ import torch
 
 from kdlib import localize, models, phone
 from kdlib.evaluate import evaluate, teacher_reference
-from kdlib.ledger import Interval, mean_interval, provenance, write_json
+from kdlib.ledger import Interval, command_of, mean_interval, provenance, write_json
 from kdlib.objective import Objective
 from kdlib.teachers import LiveTeacher
 from kdlib.train import train
@@ -141,10 +141,7 @@ def main() -> None:
     data, reference = prepared()
     test = data.batches(data.test)
     result = {
-        **provenance(
-            "python notebooks/experiments/quickstart_seeds.py "
-            f"--seeds {arguments.seeds} --share {arguments.share}"
-        ),
+        **provenance(command_of("quickstart_seeds.py", vars(arguments))),
         "minutes": round((time.perf_counter() - start) / 60, 1),
         "budgets": {
             name: vars(budget)

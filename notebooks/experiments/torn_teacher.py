@@ -33,7 +33,6 @@ The three students of a divergence are also measured at lower sampling temperatu
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +42,7 @@ import torch
 from kdlib import localize, models, phone
 from kdlib.divergences import forward_kl, reverse_kl
 from kdlib.evaluate import parameter_count
-from kdlib.ledger import mean_interval, provenance, write_json
+from kdlib.ledger import command_of, mean_interval, provenance, resume, write_json
 from kdlib.objective import Objective
 from kdlib.pairs import EncodedPair, PairCollator, PairedExample
 from kdlib.sampling import complete
@@ -247,31 +246,33 @@ def main() -> None:
     torch.set_num_threads(1)
     models.quiet_transformers()
     torn = Torn()
+    settings = {
+        "context": CONTEXT,
+        "parameters": {
+            TEACHER: parameter_count(torn.model),
+            HALF: parameter_count(start(torn, HALF, 0)),
+            SMALL: parameter_count(start(torn, SMALL, 0)),
+        },
+        "settings": {
+            row: {
+                "steps": config(row, 0, arguments.share).steps,
+                "learning_rate": config(row, 0, 1).learning_rate,
+            }
+            for row in OBJECTIVES
+        },
+        "batch_size": phone.CONFIG.batch_size,
+        "answers": len(torn.written),
+        "test": len(set(pair.example_id for pair in torn.right)),
+    }
+    runs, before = resume(arguments.out, settings, seeds=arguments.seeds)
     fixed = {TEACHER: measured(torn.model, torn, "teacher")}
     fixed |= {row: measured(start(torn, row, 0), torn) for row in (HALF, SMALL)}
-    earlier = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    runs, before = earlier.get("runs", []), earlier.get("core_minutes", 0.0)
 
     def save() -> None:
         result = {
-            **provenance("python notebooks/experiments/torn_teacher.py"),
+            **provenance(command_of("torn_teacher.py", vars(arguments))),
             "core_minutes": round(before + time.process_time() / 60, 1),
-            "context": CONTEXT,
-            "parameters": {
-                TEACHER: parameter_count(torn.model),
-                HALF: parameter_count(start(torn, HALF, 0)),
-                SMALL: parameter_count(start(torn, SMALL, 0)),
-            },
-            "settings": {
-                row: {
-                    "steps": config(row, 0, arguments.share).steps,
-                    "learning_rate": config(row, 0, 1).learning_rate,
-                }
-                for row in OBJECTIVES
-            },
-            "batch_size": phone.CONFIG.batch_size,
-            "answers": len(torn.written),
-            "test": len(set(pair.example_id for pair in torn.right)),
+            **settings,
             "seeds": arguments.seeds,
             "fixed": fixed,
             "runs": runs,
