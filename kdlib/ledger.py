@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -104,7 +105,8 @@ def command_of(script: str, options: dict) -> str:
             continue
         words.append("--" + name.replace("_", "-"))
         if value is not True:
-            words += map(str, value if isinstance(value, (list, tuple)) else [value])
+            value = value if isinstance(value, (list, tuple)) else [value]
+            words += [shlex.quote(str(v)) for v in value]
     return " ".join(words)
 
 

@@ -27,7 +27,8 @@ of the right answers to a test input:
     forward_kl, reverse_kl   per token, on answers that the teacher wrote for the tests
 
 The three students of a divergence are also measured at lower sampling temperatures
-("cooled"): the cheapest rival of a loss that makes students sharper.
+("cooled"): the cheapest rival of a loss that makes students sharper. "at equal valid"
+compares them where both are as likely right, between two temperatures on a line.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from kdlib import localize, models, phone
@@ -68,6 +70,7 @@ OBJECTIVES = {
     SCRATCH_REVERSE: Objective("reverse_kl"),
 }
 COOLED = (0.9, 0.8, 0.7, 0.6, 0.5)
+EQUAL_VALID = (0.38, 0.42)
 COOLED_ROWS, COOLED_MEASURES = (FORWARD, JSD, REVERSE), ("valid", "languages")
 SCRATCH = (SCRATCH_FORWARD, SCRATCH_REVERSE)
 MEASURES = ("valid", "languages", "forward_kl", "reverse_kl")
@@ -194,53 +197,78 @@ def trained(torn: Torn, row: str, seed: int, share: float):
     return student
 
 
-def summary(runs: list[dict], seeds: int) -> dict:
+def summary(runs: list[dict], seeds: int, rows=tuple(OBJECTIVES)) -> dict:
     """Intervals over the seeds, once every row has all of them, at least two."""
-    values = {
-        row: {m: [r[m] for r in runs if r["row"] == row] for m in MEASURES}
-        for row in OBJECTIVES
-    }
-    if seeds < 2 or any(len(found["valid"]) != seeds for found in values.values()):
+    of = {row: [run for run in runs if run["row"] == row] for row in rows}
+    if seeds < 2 or any(len(found) != seeds for found in of.values()):
         return {}
 
     def difference(ours, theirs):
         return vars(mean_interval([a - b for a, b in zip(ours, theirs, strict=True)]))
 
-    cooled = {
-        row: {str(t): {m: [] for m in COOLED_MEASURES} for t in COOLED}
-        for row in COOLED_ROWS
-    }
-    for run in runs:
-        if run["row"] in COOLED_ROWS:
-            for t, found in run["cooled"].items():
-                for m in COOLED_MEASURES:
-                    cooled[run["row"]][t][m].append(found[m])
+    def values(row, measure):
+        return [run[measure] for run in of[row]]
 
+    cooled = [row for row in COOLED_ROWS if row in of]
     return {
         "rows": {
-            row: {m: vars(mean_interval(values[row][m])) for m in MEASURES}
-            for row in OBJECTIVES
+            row: {m: vars(mean_interval(values(row, m))) for m in MEASURES}
+            for row in of
         },
         "cooled": {
             row: {
-                t: {m: vars(mean_interval(v)) for m, v in by_measure.items()}
-                for t, by_measure in by_temperature.items()
+                str(t): {
+                    m: vars(
+                        mean_interval([run["cooled"][str(t)][m] for run in of[row]])
+                    )
+                    for m in COOLED_MEASURES
+                }
+                for t in COOLED
             }
-            for row, by_temperature in cooled.items()
+            for row in cooled
+        },
+        "at equal valid": {
+            f"{FORWARD} - {row}": {
+                str(valid): difference(
+                    [languages_at(valid, run) for run in of[FORWARD]],
+                    [languages_at(valid, run) for run in of[row]],
+                )
+                for valid in EQUAL_VALID
+                if all(reaches(valid, run) for run in of[FORWARD] + of[row])
+            }
+            for row in cooled
+            if row != FORWARD and FORWARD in of
         },
         "minus": {
             f"{ours} - {theirs}": {
-                m: difference(values[ours][m], values[theirs][m]) for m in MEASURES
+                m: difference(values(ours, m), values(theirs, m)) for m in MEASURES
             }
             for ours, theirs in DIFFERENCES
+            if ours in of and theirs in of
         },
     }
+
+
+def path(run: dict, measure: str) -> list[float]:
+    """From temperature 1 down to the coolest."""
+    return [run[measure], *(run["cooled"][str(t)][measure] for t in COOLED)]
+
+
+def reaches(valid: float, run: dict) -> bool:
+    found = path(run, "valid")
+    return found[0] <= valid <= found[-1]
+
+
+def languages_at(valid: float, run: dict) -> float:
+    """The languages that a run keeps when it is cooled until `valid` is this."""
+    return float(np.interp(valid, path(run, "valid"), path(run, "languages")))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--share", type=float, default=1.0, help="of the steps")
+    parser.add_argument("--rows", nargs="+", choices=OBJECTIVES, help="all by default")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -264,6 +292,7 @@ def main() -> None:
         "answers": len(torn.written),
         "test": len(set(pair.example_id for pair in torn.right)),
     }
+    rows = tuple(arguments.rows or OBJECTIVES)
     runs, before = resume(arguments.out, settings, seeds=arguments.seeds)
     fixed = {TEACHER: measured(torn.model, torn, "teacher")}
     fixed |= {row: measured(start(torn, row, 0), torn) for row in (HALF, SMALL)}
@@ -276,14 +305,14 @@ def main() -> None:
             "seeds": arguments.seeds,
             "fixed": fixed,
             "runs": runs,
-            **summary(runs, arguments.seeds),
+            **summary(runs, arguments.seeds, rows),
         }
         write_json(arguments.out, result)
 
     save()
     done = {(run["row"], run["seed"]) for run in runs}
     for seed in range(arguments.seeds):
-        for row in OBJECTIVES:
+        for row in rows:
             if (row, seed) in done:
                 continue
             found = measured(trained(torn, row, seed, arguments.share), torn)
