@@ -193,17 +193,22 @@ def parser(description: str, **defaults) -> argparse.ArgumentParser:
         made.add_argument(
             f"--{name.replace('_', '-')}", type=type(value), default=value
         )
-    made.add_argument("--seed", type=int, default=0)
     return made
+
+
+def load(folder: Path | None = None):
+    """SmolLM2 and its tokenizer, of the package or a folder; on a GPU if there is one."""
+    models.quiet_transformers()
+    model, tokenizer = models.load(folder or models.SMOLLM2)
+    if torch.cuda.is_available():
+        model.cuda()
+    return model, tokenizer
 
 
 def report(script: str, options: argparse.Namespace, begin, **told) -> None:
     """Run the experiment with SmolLM2 and write its result file."""
     start = time.perf_counter()
-    models.quiet_transformers()
-    teacher, tokenizer = models.load(models.SMOLLM2)
-    if torch.cuda.is_available():
-        teacher.cuda()
+    teacher, tokenizer = load()
     found = compare(teacher, tokenizer, begin, options, **told)
     result = {
         **provenance(command_of(f"{script}.py", vars(options))),

@@ -27,6 +27,7 @@ def main() -> None:
         questions=40,
         new_tokens=24,
         batch_size=4,
+        seed=0,
         learning_rate=5e-5,
     )
     arguments.add_argument("--out", type=Path, default=RESULTS / "smollm2_context.json")

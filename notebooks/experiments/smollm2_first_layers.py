@@ -23,6 +23,7 @@ def main() -> None:
         questions=48,
         new_tokens=24,
         batch_size=4,
+        seed=0,
         learning_rate=5e-4,
     )
     out = RESULTS / "smollm2_first_layers.json"
