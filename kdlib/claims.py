@@ -131,8 +131,13 @@ def rerun(
     the new interval alone covers zero, "shown at this scale" where the recorded one
     alone does; "contradicted" where they lie on both sides of zero.
 
-    Raises StorageError where the script fails, with the end of what it printed.
+    Raises ArgumentError where the claim has no small scale, StorageError where the
+    script fails, with the end of what it printed.
     """
+    if small and not claim.small:
+        raise ArgumentError(
+            f"claim {claim.id} has no small scale", "run it in full: --scale full"
+        )
     script = FOLDER / "experiments" / claim.script
     with tempfile.TemporaryDirectory(prefix="kdlib-claim-") as folder:
         out = Path(folder) / claim.result
@@ -147,7 +152,8 @@ def rerun(
                 "run it by itself to see all that it prints",
             )
         found = claim.interval(out)
-        minutes = claim.facts(out).get("minutes")
+        facts = claim.facts(out)
+        minutes = facts.get("minutes", facts.get("core_minutes"))
     return {
         "claim": claim.id,
         "says": claim.says,

@@ -197,7 +197,7 @@ def parser(description: str, **defaults) -> argparse.ArgumentParser:
 
 
 def load(folder: Path | None = None):
-    """SmolLM2 and its tokenizer, of the package or a folder; on a GPU if there is one."""
+    """SmolLM2 and its tokenizer: the package's, or a folder's; on a GPU if any."""
     models.quiet_transformers()
     model, tokenizer = models.load(folder or models.SMOLLM2)
     if torch.cuda.is_available():
