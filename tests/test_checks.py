@@ -210,7 +210,7 @@ def forever(numbers, factor):
 def forever_and_stubborn(numbers, factor):
     while True:
         try:
-            time.sleep(0.001)
+            sum(range(100))
         except Exception:
             pass
 
@@ -240,6 +240,69 @@ def test_an_endless_loop(answer, monkeypatch):
     assert "did not come back within" in verdict.message
     assert signal.getsignal(signal.SIGALRM) is before
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def burn(seconds):
+    """Computing, not waiting: as long on a machine that others use."""
+    begin = time.thread_time()
+    while time.thread_time() - begin < seconds:
+        sum(range(100))
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no such signal here")
+def test_a_right_answer_on_a_busy_machine_is_right(monkeypatch):
+    """It waits for its turn, longer than the limit, and computes for less."""
+    monkeypatch.setattr(attempt, "SECONDS", 0.3)
+
+    def answer(numbers, factor):
+        time.sleep(0.4)
+        burn(0.05)
+        return right(numbers, factor)
+
+    assert SUM.grade(answer).outcome == "right"
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no such signal here")
+@pytest.mark.parametrize("imports, failure", [(True, None), (False, "late")])
+def test_a_slow_import_does_not_count(imports, failure, monkeypatch, tmp_path):
+    """A module that computes for 0.6 s when it is read, by the import or by us."""
+    monkeypatch.setattr(attempt, "SECONDS", 0.3)
+    text = "import time\nbegin = time.thread_time()\n"
+    text += "while time.thread_time() - begin < 0.6:\n    pass\nvalue = 3\n"
+    (tmp_path / "slow_to_read.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "slow_to_read", raising=False)
+
+    def answer():
+        if imports:
+            import slow_to_read
+
+            return slow_to_read.value
+        found = {}
+        exec(text, found)
+        return found["value"]
+
+    tried = attempt.attempt(answer, ())
+    assert tried.failure == failure and tried.value == (3 if imports else None)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no such signal here")
+def test_who_waits_for_ever_is_late(monkeypatch):
+    monkeypatch.setattr(attempt, "WAITING", 0.3)
+    tried = attempt.attempt(lambda: threading.Event().wait(), ())
+    assert tried.failure == "late" and "still waits for something" in tried.error
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no such signal here")
+def test_after_an_import_the_limit_holds(monkeypatch):
+    monkeypatch.setattr(attempt, "SECONDS", 0.3)
+
+    def answer():
+        import kdlib  # noqa: F401
+
+        burn(30)
+
+    assert attempt.attempt(answer, ()).failure == "late"
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no such signal here")

@@ -12,12 +12,15 @@ import io
 import linecache
 import signal
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-SECONDS = 5.0  # a call that takes longer counts as endless
+SECONDS = 5.0  # of computing: a call that takes more counts as endless
+WAITING = 120.0  # of waiting, for another thread or its turn on a busy machine
+TICK = 0.05
 KEPT = 400  # characters of what the function printed
 
 
@@ -27,7 +30,8 @@ class Attempt:
 
     value:   what it returned, where it returned
     failure: None, "not written", "raised" or "late"
-    error:   for "raised", the error and the student's own line that led to it
+    error:   for "raised", the error and the student's own line that led to it; for
+             "late", what it was still doing
     edited:  the number of the first argument that it changed, or None
     printed: the start of its output
     """
@@ -49,12 +53,12 @@ def attempt(function: Callable, arguments: tuple) -> Attempt:
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(out),  # any stderr costs all points in nbgrader
             warnings.catch_warnings(),
-            _time_limit(SECONDS),
+            _time_limit(),
         ):
             warnings.simplefilter("ignore")
             value = function(*given)
-    except _Late:
-        failure = "late"
+    except _Late as late:
+        failure, error = "late", str(late)
     except KeyboardInterrupt:
         raise
     except BaseException as raised:  # SystemExit too
@@ -77,29 +81,55 @@ _OURS = (__file__, contextlib.__file__)
 
 
 @contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise _Late in the block; where there is no such signal, let it run on."""
+def _time_limit() -> Iterator[None]:
+    """Raise _Late in the block; where there is no such signal, let it run on.
+
+    What counts is the processor time of this thread. A clock on the wall would call a
+    right answer endless where the machine is slow or shared. An import counts as
+    waiting: the first one of a large library takes seconds, and is not the answer's.
+    """
     if (
         not hasattr(signal, "setitimer")
         or threading.current_thread() is not threading.main_thread()
     ):
         yield
         return
+    computed = waited = 0.0
+    before = time.thread_time()
 
-    def stop(_, frame):
+    def tick(_, frame):
+        nonlocal computed, waited, before
+        now = time.thread_time()
+        # A tick that comes late, after a long call into C, still counts in full.
+        if not _imports(frame):
+            computed += now - before
+        waited += TICK
+        before = now
         # Not while this block is being left: only where the student's code runs.
         if frame is None or frame.f_code.co_filename not in _OURS:
-            raise _Late
+            if computed > SECONDS:
+                raise _Late(f"It did not come back within {SECONDS:g} seconds.")
+            if waited > WAITING:
+                raise _Late(f"It still waits for something after {WAITING:g} seconds.")
 
-    handler = signal.signal(signal.SIGALRM, stop)
+    handler = signal.signal(signal.SIGALRM, tick)
     # Again and again, because a bare `except:` may swallow the first ones.
-    remaining, interval = signal.setitimer(signal.ITIMER_REAL, seconds, 0.05)
+    remaining, interval = signal.setitimer(signal.ITIMER_REAL, TICK, TICK)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
         signal.setitimer(signal.ITIMER_REAL, remaining, interval)
+
+
+def _imports(frame) -> bool:
+    """Is an import under way? Python's own import machinery is on the stack then."""
+    while frame is not None and frame.f_code.co_filename not in _OURS:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 class _Start(io.TextIOBase):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from kdlib.checks import _answers, values
-from kdlib.checks.attempt import KEPT, SECONDS, Attempt, attempt
+from kdlib.checks.attempt import KEPT, Attempt, attempt
 
 NOT_ATTEMPTED = "not attempted"
 RAISED = "raised"
@@ -139,8 +139,7 @@ class Code(Question):
         if tried.failure == "raised":
             return RAISED, [*lines, tried.error], "raised"
         if tried.failure == "late":
-            late = f"It did not come back within {SECONDS:g} seconds."
-            return RAISED, [*lines, late], "endless loop"
+            return RAISED, [*lines, tried.error], "endless loop"
         if tried.edited is not None:
             name = self.parameters[tried.edited]
             told = (
