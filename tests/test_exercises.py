@@ -297,6 +297,34 @@ def test_an_honest_variant_is_right(question, answer):
     assert verdict.outcome == "right", verdict.message
 
 
+def moved(value, change):
+    """A value with every number changed, as plain floats."""
+    if hasattr(value, "tolist"):
+        value = value.detach() if hasattr(value, "detach") else value
+        return moved(value.tolist(), change)
+    if isinstance(value, (list, tuple)):
+        return [moved(item, change) for item in value]
+    return change(float(value))
+
+
+CODE = [name for name, kind in QUESTIONS.items() if isinstance(kind, frame.Code)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x * (1 + 1e-4), lambda x: x + 1e-4 * max(1.0, abs(x))],
+    ids=["by a factor", "by a constant"],
+)
+@pytest.mark.parametrize("question", CODE)
+def test_a_right_answer_s_neighbour_is_wrong(question, change):
+    """No tolerance lets a small mistake pass."""
+    right = QUESTIONS[question].truth
+    verdict = checks.grade(question, lambda *args: moved(right(*args), change))
+    assert verdict.outcome == "wrong" and verdict.points < verdict.out_of
+    same = checks.grade(question, lambda *args: moved(right(*args), float))
+    assert same.outcome == "right", same.message
+
+
 def test_every_question_has_its_wrong_and_honest_answers():
     for question, kind in QUESTIONS.items():
         wrong = [entry for entry in WRONG if entry[0] == question]

@@ -294,6 +294,18 @@ def large_t(zs, zt, beta, t=1e4):
     return t**2 * generalized_jsd(zs, zt, temperature=t, beta=beta)
 
 
+@wrong("6.2", None, 2, "GKD's ends, where the JSD is a KL, taken for a neighbourhood")
+def a_kl_near_the_ends(zs, zt, beta):
+    near = beta < 0.1 or beta > 0.85
+    return spread(zs - zt) / 2 if near else right_limit(zs, zt, beta)
+
+
+@wrong("6.2", None, 1, "V put down as the number of one example")
+def six_words(zs, zt, beta):
+    centred = (zs - zt) - (zs - zt).mean(-1, keepdim=True)
+    return beta * (1 - beta) / 2 * centred.pow(2).sum(-1) / 6
+
+
 @wrong("6.2", "wrong shape", 0, "the mean over tokens as well")
 def one_number(zs, zt, beta):
     return right_limit(zs, zt, beta).mean()
