@@ -115,7 +115,7 @@ def main() -> None:
     held_out = questions(True)[: options.inputs]
     told = vars(options).items()
     settings = {
-        "model": "SmolLM2-135M-Instruct",
+        "parameters": teacher.num_parameters(),
         "signs": LiveTeacher(teacher).signs(),  # which weights: a package's are rounded
         "contexts": CONTEXTS,
         **{n: v for n, v in told if n not in ("model", "out", "seeds")},
