@@ -61,12 +61,17 @@ class Claim:
                 f"run python notebooks/experiments/{self.script}",
             ) from error
 
-    def interval(self, path: Path | None = None) -> Interval:
-        """Raises DataError where the file has no interval at that place."""
+    def interval(self, path: Path | None = None) -> Interval | None:
+        """None where the file has null there: a short run did not get so far.
+
+        Raises DataError where the file has no interval at that place.
+        """
         found = self.facts(path)
         try:
             for key in self.at:
                 found = found[key]
+            if found is None:
+                return None
             return Interval(found["mean"], found["low"], found["high"])
         except (KeyError, TypeError) as error:
             raise DataError(
@@ -159,28 +164,29 @@ def rerun(
         "says": claim.says,
         "command": " ".join(command[1:2] + command[4:]),
         "recorded": vars(claim.interval()),
-        "found": vars(found),
+        "found": None if found is None else vars(found),
         "minutes": minutes,
-        "verdict": verdict(claim.expect, side(found)),
+        "verdict": verdict(claim.expect, None if found is None else side(found)),
     }
 
 
-def verdict(expected: str, found: str) -> str:
-    """Of a rerun, by the sides of zero on which two intervals lie."""
+def verdict(expected: str, found: str | None) -> str:
+    """Of a rerun, by the sides of zero of two intervals; None: it has no interval."""
     if found == expected:
         return "holds"
-    if found == NOT_SHOWN:
+    if found in (NOT_SHOWN, None):
         return "not shown at this scale"
     return "shown at this scale" if expected == NOT_SHOWN else "contradicted"
 
 
 def report(found: dict) -> str:
     """What `rerun` found, in three lines."""
+    now = "no number" if found["found"] is None else Interval(**found["found"])
     return "\n".join(
         [
             f"{found['says']}",
             f"  recorded {Interval(**found['recorded'])}",
-            f"  now      {Interval(**found['found'])}: {found['verdict']}",
+            f"  now      {now}: {found['verdict']}",
         ]
     )
 

@@ -31,7 +31,8 @@ def test_a_claim_s_script_takes_its_options(claim):
     text = script.read_text()
     assert '"--out"' in text
     for option in claim.small:
-        assert not option.startswith("--") or f'"{option}"' in text
+        name = option.removeprefix("--")  # as argparse has it, or as a default's name
+        assert name == option or f'"{option}"' in text or f" {name}=" in text
     facts = claim.facts()
     assert claim.script in facts["command"]
     assert facts["date"] and facts["device"] and facts["torch"]
@@ -51,6 +52,20 @@ def test_verdicts():
     assert claims.verdict("above", "not shown") == "not shown at this scale"
     assert claims.verdict("not shown", "below") == "shown at this scale"
     assert claims.verdict("above", "below") == "contradicted"
+    for expected in ("above", "not shown"):
+        assert claims.verdict(expected, None) == "not shown at this scale"
+
+
+def test_a_rerun_that_did_not_get_so_far_says_so(course, capsys):
+    """Null in the place of the interval is no number; it contradicts nothing."""
+    folder = course()
+    script = folder / "experiments" / "one.py"
+    script.write_text(SCRIPT.replace('"b": {"mean"', '"b": None, "c": {"mean"'))
+    assert command.main(["ledger", "one"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-1] == "  now      no number: not shown at this scale"
+    assert command.main(["ledger", "one", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["found"] is None
 
 
 # --- A course of one claim ---

@@ -101,12 +101,12 @@ class Kept:
 class Torn:
     """The teacher, what it wrote, and the six right answers to every test input."""
 
-    def __init__(self):
+    def __init__(self, inputs: int | None = None):
         self.model, self.tokenizer = models.load("teacher")
         self.collator = PairCollator(
             self.tokenizer, teacher_max_length=160, student_max_length=128
         )
-        self.written = self.write("unlabelled")
+        self.written = self.write("unlabelled", inputs)
         self.teacher = Kept(LiveTeacher(self.model), self.written, self.collator)
         self.heard = self.write("test")
         self.heard_teacher = Kept(LiveTeacher(self.model), self.heard, self.collator)
@@ -119,9 +119,9 @@ class Torn:
     def encode(self, english: str, answer: str, number: int) -> EncodedPair:
         return self.collator.encode(PairedExample(english, answer, CONTEXT), number)
 
-    def write(self, split: str) -> list[EncodedPair]:
+    def write(self, split: str, limit: int | None = None) -> list[EncodedPair]:
         """The teacher's own answers, by token, with a number for each."""
-        data = localize.load_split(split, kinds=["list"])
+        data = localize.load_split(split, kinds=["list"])[:limit]
         asked = [self.encode(d.english, "?", 0) for d in data for _ in range(ANSWERS)]
         answers = complete(
             self.model,
@@ -233,8 +233,9 @@ def summary(runs: list[dict], seeds: int, rows=tuple(OBJECTIVES)) -> dict:
                     [languages_at(valid, run) for run in of[FORWARD]],
                     [languages_at(valid, run) for run in of[row]],
                 )
-                for valid in EQUAL_VALID
                 if all(reaches(valid, run) for run in of[FORWARD] + of[row])
+                else None
+                for valid in EQUAL_VALID
             }
             for row in cooled
             if row != FORWARD and FORWARD in of
@@ -268,12 +269,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--share", type=float, default=1.0, help="of the steps")
+    parser.add_argument("--inputs", type=int, help="to train on; all by default")
     parser.add_argument("--rows", nargs="+", choices=OBJECTIVES, help="all by default")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     models.quiet_transformers()
-    torn = Torn()
+    torn = Torn(arguments.inputs)
     settings = {
         "context": CONTEXT,
         "parameters": {
