@@ -22,6 +22,8 @@ KNOWN = claims.load()
 SMALL = {
     "context_distillation.py": "--seeds 2 --share 0.01",
     "dark_knowledge.py": "--seeds 2 --share 0.001",
+    "data_size.py": "--seeds 2 --share 0.001",
+    "data_teachers.py": "--seeds 2 --share 0.001",
     "hard_and_soft.py": "--seeds 2 --share 0.001",
     "hinton_digits.py": "--seeds 2 --share 0.001",
     "probe_students.py": "--seeds 2 --share 0.001",

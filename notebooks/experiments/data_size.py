@@ -46,7 +46,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import random
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -58,7 +57,7 @@ import torch
 
 from kdlib import localize, models, phone
 from kdlib.evaluate import evaluate
-from kdlib.ledger import mean_interval, provenance, write_json
+from kdlib.ledger import mean_interval, provenance, resume, write_json
 from kdlib.objective import Objective
 from kdlib.sparse import top_k_targets
 from kdlib.teachers import LiveTeacher
@@ -289,8 +288,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    earlier = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    runs = earlier.get("runs", [])
+    settings = {
+        "steps": max(2, round(arguments.share * STEPS)),
+        "batch_size": phone.CONFIG.batch_size,
+        "learning_rate": phone.CONFIG.learning_rate,
+        "students": {"wide": phone.STUDENT, "narrow": NARROW},
+        "sizes": SIZES,
+    }
+    runs, _ = resume(arguments.out, settings, seeds=arguments.seeds)
     done = {(r["row"], r["seed"]) for r in runs}
     jobs = [
         (row, seed, arguments.share)
@@ -302,11 +307,7 @@ def main() -> None:
             "python notebooks/experiments/data_size.py "
             f"--seeds {arguments.seeds} --share {arguments.share:g}"
         ),
-        "steps": max(2, round(arguments.share * STEPS)),
-        "batch_size": phone.CONFIG.batch_size,
-        "learning_rate": phone.CONFIG.learning_rate,
-        "students": {"wide": phone.STUDENT, "narrow": NARROW},
-        "sizes": SIZES,
+        **settings,
         "covered": {str(seed): covered(seed) for seed in range(arguments.seeds)},
         "seeds": arguments.seeds,
     }

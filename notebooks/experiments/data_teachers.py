@@ -38,7 +38,6 @@ images that are not for training. The plan, made before any run:
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -49,7 +48,7 @@ import torch
 from kdlib import digits
 from kdlib.digits import Part
 from kdlib.divergences import cross_entropy, forward_kl
-from kdlib.ledger import mean_interval, provenance, write_json
+from kdlib.ledger import mean_interval, provenance, resume, write_json
 from kdlib.objective import Objective
 
 RESULT = Path(__file__).parents[1] / "results" / "data_teachers.json"
@@ -270,8 +269,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    earlier = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    runs = earlier.get("runs", [])
+    settings = {
+        "steps": max(2, round(arguments.share * STEPS)),
+        "labelled": [LABELLED, WRONG],
+        "widths": {"teachers": TEACHERS, "students": STUDENTS},
+    }
+    runs, _ = resume(arguments.out, settings, seeds=arguments.seeds)
     done = {r["seed"] for r in runs}
     seeds = [seed for seed in range(arguments.seeds) if seed not in done]
     about = {
@@ -279,9 +282,7 @@ def main() -> None:
             "python notebooks/experiments/data_teachers.py "
             f"--seeds {arguments.seeds} --share {arguments.share:g}"
         ),
-        "steps": max(2, round(arguments.share * STEPS)),
-        "labelled": [LABELLED, WRONG],
-        "widths": {"teachers": TEACHERS, "students": STUDENTS},
+        **settings,
         "seeds": arguments.seeds,
     }
     for found in runs_of([(s, arguments.share) for s in seeds], arguments.workers):
