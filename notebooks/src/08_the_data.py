@@ -1006,10 +1006,8 @@ def student_points(axes, kind, colour, marker):
         axes.annotate(f"{n}", at, fontsize=9, color=colour, **offset)
     its = 1 - teachers[f"{kind} teacher"]["error"]["mean"]
     axes.plot(1.0, its, "*", color=colour, markersize=14, clip_on=False)
-    above = kind == "good"
-    look = {"color": colour, "ha": "right", "fontsize": 10}
-    look["va"] = "bottom" if above else "top"
-    axes.text(1.0, its + (0.02 if above else -0.02), f"{kind} teacher", **look)
+    look = {"color": colour, "va": "center", "fontsize": 10}
+    axes.text(1.015, its, f"{kind}\nteacher", **look)
 
 
 # %%
@@ -1020,7 +1018,7 @@ start = teachers["weak, 800, near start"]
 at = start["agreement"]["mean"], 1 - start["error"]["mean"]
 axes.plot(*at, "D", color=plots.ORANGE, markerfacecolor="white")
 axes.set(xlabel="agreement with the teacher", ylabel="accuracy")
-axes.set(xlim=(None, 1), ylim=(0.6, 1.05))
+axes.set(xlim=(None, 1), ylim=(0.6, 1))
 plt.show()
 
 # %% [markdown]
