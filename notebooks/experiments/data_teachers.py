@@ -10,7 +10,8 @@ has one thread and random states of its own, so the workers change no result.
 A seed fixes the split, what is drawn, every network's first weights and the order of
 the images; differences are taken seed by seed. Students see the teacher's logits at
 temperature 1 and no label. All have two hidden layers and are measured on the 797
-images that are not for training. The plan, made before any run:
+images that are not for training. The plan, made
+before any run (for eight seeds; five were run):
 
     weak, n      200 images are labelled, a fifth of them wrongly, by chance. A network
                  of width 64 learns them by heart: the teacher. Its student has its

@@ -770,7 +770,7 @@ show(
 # The majority of our small theory needs inputs that the student cannot tell
 # apart. This student can: it reads each input, and every answer was wrong or
 # right for one input alone. (That is an argument. No run here takes it apart,
-# and the two lines on dates and on KL were added after the first numbers.)
+# and the claims on dates and on KL were added after the first numbers.)
 #
 # So "how many of the teacher's answers are wrong" is not the only question.
 # Ask *which*. A sample of its answers, sorted by kind of input, tells; a mean
@@ -1290,8 +1290,8 @@ assert leaked == 0
 # %% [markdown]
 # ## What breaks in practice
 #
-# - **The test stands in the data.** Prompts of a published mixture contained
-#   problems of the test sets it was judged on, and duplicates
+# - **The test stands in the data.** A reader of a published mixture found in
+#   it problems of the test sets it was judged on, and duplicates
 #   ([MAmmoTH#11](https://github.com/TIGER-AI-Lab/MAmmoTH/issues/11)). Who has
 #   read the test's inputs with a teacher's answers is measured on memory.
 # - **"Distillation" that is something else.** Sequence-level distillation is
