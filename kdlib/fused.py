@@ -42,6 +42,7 @@ import torch
 
 from kdlib.divergences import DIVERGENCES, get_divergence, tempered_log_softmax
 from kdlib.errors import ArgumentError, ModelError
+from kdlib.sharding import decoder_of
 from kdlib.sparse import (
     SparseTargets,
     checked,
@@ -122,7 +123,7 @@ class Head:
             # Not output_hidden_states: for that transformers puts hooks into the blocks
             # and leaves them there, where they stop torch.compile.
             output = model(tokens[None], use_cache=False)
-            decoder = model.get_decoder()
+            decoder = decoder_of(model)
             hidden = decoder(tokens[None], use_cache=False).last_hidden_state
             rebuilt = head.logits(hidden)
         gap = (rebuilt - output.logits).abs().max() / output.logits.abs().max()

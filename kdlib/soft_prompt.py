@@ -97,8 +97,10 @@ class SoftPrompt(torch.nn.Module):
         output.logits = _rows(output.logits, kept)
         return output
 
-    def forward_decoder(self, input_ids, attention_mask, **options):
+    def forward_decoder(self, input_ids, attention_mask=None, **options):
         """The same without the output head: what the fused loss asks for."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
         decoder = self.model.get_decoder()
         output = decoder(**self._inputs(input_ids, attention_mask), **options)
         output.last_hidden_state = _rows(

@@ -163,7 +163,7 @@ def test_a_student_that_sees_the_one_context_recovers_all(teacher, collator, con
             super().__init__()
             self.model, self.prompt, self.short = model, prompt, short
 
-        def forward(self, input_ids, attention_mask):
+        def forward(self, input_ids, attention_mask, use_cache):
             more = torch.tensor([self.prompt[: len(self.prompt) - len(self.short)]])
             output = self.model(torch.cat([more, input_ids], 1))
             output.logits = output.logits[:, more.shape[1] :]

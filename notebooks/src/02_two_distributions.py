@@ -144,11 +144,13 @@ for side, prompt in (
     print(f"{side}: rows {first} to {first + n - 1} predict {n} tokens")
 
 # %% [markdown]
-# `View.select` does this for a whole batch. Its last line is the only place in
-# `kdlib` where the shift by one is made:
+# `View.select` does this for a whole batch, at `View.positions`. These are the
+# only place in `kdlib` where the shift by one is made:
 
 # %%
-print(inspect.getsource(View.select).splitlines()[-1].strip())
+for part, lines in ((View.positions.func, 2), (View.select, 1)):
+    for line in inspect.getsource(part).splitlines()[-lines:]:
+        print(line.strip())
 
 rows = {
     "teacher": batch.teacher.select(whole["teacher"]),
@@ -1168,8 +1170,8 @@ for level in (1.0, 1e4, 1e6, 1e8):
 # `kdlib`'s function, which every divergence begins with:
 
 # %%
-code = inspect.getsource(tempered_log_softmax).split("dtype = ")[1]
-for line in ("    dtype = " + code).splitlines():
+code = inspect.getsource(tempered_log_softmax).split("    z = ")[1]
+for line in ("    z = " + code).splitlines():
     if not line.strip().startswith("#"):
         print(line)
 
