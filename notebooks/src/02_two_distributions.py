@@ -1170,7 +1170,7 @@ for level in (1.0, 1e4, 1e6, 1e8):
 # `kdlib`'s function, which every divergence begins with:
 
 # %%
-code = inspect.getsource(tempered_log_softmax).split("    z = ")[1]
+code = inspect.getsource(tempered_log_softmax).split("    z = ", 1)[1]
 for line in ("    z = " + code).splitlines():
     if not line.strip().startswith("#"):
         print(line)
