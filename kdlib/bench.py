@@ -21,7 +21,9 @@ import torch
 
 from kdlib.divergences import get_divergence
 from kdlib.errors import ArgumentError
-from kdlib.fused import HAS_TRITON, Head, fused_divergence
+from kdlib.fused import fused_divergence
+from kdlib.fused_kernel import HAS_TRITON
+from kdlib.heads import Head
 from kdlib.ledger import provenance, write_json
 from kdlib.measuring import (
     LOGIT_STD,

@@ -22,7 +22,8 @@ import torch
 
 from kdlib.distributed import ALONE, Ranks
 from kdlib.errors import ArgumentError
-from kdlib.fused import Head, fused_divergence, fused_sparse_divergence
+from kdlib.fused import fused_divergence, fused_sparse_divergence
+from kdlib.heads import Head
 from kdlib.metrics import fidelity, sample
 from kdlib.objective import DistillationLoss, Objective
 from kdlib.pairs import PairedBatch, View

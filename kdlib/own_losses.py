@@ -10,7 +10,8 @@ import torch
 
 from kdlib.divergences import DIVERGENCES
 from kdlib.estimators import surrogate
-from kdlib.fused import Head, fused_divergence
+from kdlib.fused import fused_divergence
+from kdlib.heads import Head
 from kdlib.loss_under_test import LossUnderTest
 from kdlib.objective import Objective
 from kdlib.pairs import PairedBatch, View

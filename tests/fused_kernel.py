@@ -1,4 +1,4 @@
-"""Checks of the Triton kernel of fused.py without a GPU; test_fused.py runs them.
+"""Checks of kdlib/fused_kernel.py without a GPU; test_fused.py runs them.
 
 python tests/fused_kernel.py interpret    (with TRITON_INTERPRET=1)
     the kernel's own arithmetic, on CPU tensors, against all logits at once
@@ -16,10 +16,11 @@ import torch.nn.functional as F
 sys.path[:0] = map(str, (Path(__file__).parents[1], Path(__file__).parent))
 
 if sys.argv[1] == "compile":
-    torch.cuda.is_available = lambda: True  # so that fused.py defines its kernel
+    torch.cuda.is_available = lambda: True  # so that the kernel is defined
 
-from kdlib import fused  # noqa: E402
+from kdlib import fused, fused_kernel  # noqa: E402
 from kdlib.divergences import get_divergence  # noqa: E402
+from kdlib.heads import Head  # noqa: E402
 
 # numpy, the interpreter's arithmetic, warns of inf - inf also where tl.where drops it.
 warnings.filterwarnings("ignore", category=RuntimeWarning)
@@ -60,8 +61,8 @@ def check(
     dtype, rows = s.dtype, len(s)
     eye_s, eye_t = (torch.eye(x.shape[1], dtype=dtype) for x in (s, t))
     s = s.clone().requires_grad_()
-    student = fused.Head(eye_s.clone().requires_grad_(), None, 0.5, softcaps[0])
-    teacher = fused.Head(eye_t, None, 2.0, softcaps[1])
+    student = Head(eye_s.clone().requires_grad_(), None, 0.5, softcaps[0])
+    teacher = Head(eye_t, None, 2.0, softcaps[1])
     weights = torch.linspace(0.25, 1, rows, dtype=torch.float64)
     options |= {"divergence": name, "temperature": 2.0, **params}
     labels = torch.linspace(0, s.shape[1] - 1, rows).long()  # the last token as well
@@ -75,7 +76,7 @@ def check(
 
     wide = torch.promote_types(dtype, torch.float32)
     z, w = s.detach().to(wide).requires_grad_(), eye_s.to(wide).requires_grad_()
-    logits = fused.Head(w, None, 0.5, softcaps[0]).logits(z)
+    logits = Head(w, None, 0.5, softcaps[0]).logits(z)
     per_token = get_divergence(name, **params)(
         logits, teacher.shape(t.to(wide)), temperature=2.0
     )
@@ -107,20 +108,22 @@ def check(
 
 
 def interpret():
-    assert fused.HAS_TRITON and fused._uses_triton(torch.device("cpu"))
+    assert fused_kernel.HAS_TRITON and fused_kernel.uses_triton(torch.device("cpu"))
     torch.manual_seed(0)
     done = 0
     for name, params in KINDS:
         s, t = torch.randn(2, 3, 37, dtype=torch.float64) * 4
         done += check(name, params, s, t, 1e-10, where="one block")
-        fused.BLOCK_BYTES = 8 * 16  # a row is now three blocks, the last one not full
+        fused_kernel.BLOCK_BYTES = (
+            8 * 16
+        )  # a row is now three blocks, the last one not full
         done += check(name, params, s, t, 1e-10, where="three blocks")
         for softcaps in ((2.0, None), (None, 2.0), (4.0, 2.0)):
             done += check(name, params, s, t, 1e-10, softcaps, "softcap", hard=True)
-        fused.BLOCK_BYTES = 16384
+        fused_kernel.BLOCK_BYTES = 16384
     for name, params in ENDS:
         done += check(name, params, s, t, 1e-10, where="end")
-    fused.BLOCK_BYTES = 128
+    fused_kernel.BLOCK_BYTES = 128
     for name, params in KINDS:
         s, t = torch.randn(2, 3, 33, dtype=torch.float64) * 4
         s[:, :20] = t[:, :20] = -torch.inf  # whole blocks masked, also the first
@@ -145,7 +148,7 @@ def interpret():
 def elementwise(name, params, s, t, tolerance):
     """Losses and gradient from logits, without the products, against autograd."""
     results = []
-    for part in (fused._by_triton, fused._by_autograd):
+    for part in (fused_kernel.by_triton, fused._by_autograd):
         per_token, hard = torch.full((2, len(s)), torch.nan, dtype=s.dtype)
         weights = torch.tensor([1.0, 0.5, 2.0], dtype=s.dtype)
         labels = torch.tensor([20, 25, 32])
@@ -164,14 +167,14 @@ def equal_sides(name, params):
     s = torch.randn(3, 33) * 4
     out, per_token = torch.empty_like(s), torch.empty(3)
     tokens = fused._Tokens(torch.ones(3), per_token, None, None, None)
-    fused._by_triton(s, s.clone(), out, tokens, make_job(name, params))
+    fused_kernel.by_triton(s, s.clone(), out, tokens, make_job(name, params))
     assert per_token.eq(0).all(), (name, params, per_token)
     assert out.abs().max() < 1e-6, (name, params, out)
     return 1
 
 
 def make_job(name, params):
-    head = fused.Head(torch.empty(0))
+    head = Head(torch.empty(0))
     return fused._Job(
         student_head=head,
         teacher_head=head,
@@ -185,7 +188,7 @@ def make_job(name, params):
         label_weights=None,
         temperature=1.0,
         function=get_divergence(name, **params),
-        closed_form=fused._closed_form(name, params),
+        closed_form=fused_kernel.closed_form(name, params),
         wants_gradient=True,
     )
 
@@ -195,7 +198,7 @@ def compile_offline():
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = fused._kernel
+    kernel = fused_kernel._kernel
     constants = {"KIND", "S_CAPPED", "T_CAPPED", "LABELS", "WRITE", "DTYPE", "BLOCK"}
     types = dict.fromkeys(
         ("per_token_ptr", "weight_ptr", "hard_ptr", "label_weight_ptr"), "*fp32"
@@ -209,7 +212,7 @@ def compile_offline():
         (90, "skew_reverse_kl", "fp32", False),
         (100, "reverse_kl", "bf16", True),
     ):
-        block = fused.BLOCK_BYTES // (4 if logits == "fp32" else 2)
+        block = fused_kernel.BLOCK_BYTES // (4 if logits == "fp32" else 2)
         values = {
             "KIND": kind,
             "S_CAPPED": kind == "kl_mix",

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from kdlib import fused
 from kdlib.divergences import DIVERGENCES, get_divergence
 from kdlib.errors import ArgumentError, ModelError
-from kdlib.fused import Head, fused_divergence
+from kdlib.fused import fused_divergence
+from kdlib.heads import Head
 from kdlib.objective import Objective
 from kdlib.pairs import View
 

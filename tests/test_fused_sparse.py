@@ -10,7 +10,8 @@ from test_fused import PARAMS, Recorder
 from kdlib import fused
 from kdlib.divergences import DIVERGENCES, get_divergence
 from kdlib.errors import ArgumentError
-from kdlib.fused import Head, fused_sparse_divergence
+from kdlib.fused import fused_sparse_divergence
+from kdlib.heads import Head
 from kdlib.sparse import SparseTargets, sampled_targets, top_k_targets
 
 PLAIN = {"bias": False, "scale": 1.0, "softcap": None, "temperature": 1.0}

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from kdlib import localize, models
 from kdlib.divergences import DIVERGENCES, get_divergence
 from kdlib.errors import TrainingError
-from kdlib.fused import Head, fused_divergence, fused_sparse_divergence
+from kdlib.fused import fused_divergence, fused_sparse_divergence
+from kdlib.heads import Head
 from kdlib.objective import Objective
 from kdlib.pairs import PairCollator
 from kdlib.settings import TrainConfig

@@ -16,8 +16,8 @@ import torch
 from kdlib import batching, localize, models, precision
 from kdlib.batching import prefetched
 from kdlib.errors import ArgumentError, TrainingError
-from kdlib.fused import Head
 from kdlib.gradients import StudentLoss, add_gradient, attached
+from kdlib.heads import Head
 from kdlib.objective import Objective
 from kdlib.pairs import PairCollator, PairedBatch
 from kdlib.precision import Precision

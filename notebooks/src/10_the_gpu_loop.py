@@ -65,8 +65,9 @@ import torch
 from kdlib import checkpoints, claims, gradients, localize, models, plots
 from kdlib.batching import shuffled
 from kdlib.divergences import forward_kl
-from kdlib.fused import Head, fused_divergence
+from kdlib.fused import fused_divergence
 from kdlib.gradients import add_gradient
+from kdlib.heads import Head
 from kdlib.metrics import PEAKS, flops_per_token
 from kdlib.objective import Objective
 from kdlib.pairs import PairCollator
@@ -907,9 +908,9 @@ print(f"loss {wanted[0]:.6f}: by hand, by autograd and fused")
 # $$\frac{\partial D}{\partial z_u} = a_u - p_{s,u} \sum_v a_v, \qquad
 #   a_v = p_{s,v}\, \frac{\partial d}{\partial p_{s,v}} .$$
 #
-# The table in `kdlib/fused.py` has $a$ and its sum. Two of its rows: forward
-# KL, $a = -p_t$ with sum $-1$; reverse KL, $a = p_s \log(p_s/p_t)$ (a constant
-# in $\partial d$ cancels) with sum $D$.
+# The table in `kdlib/fused_kernel.py` has $a$ and its sum. Two of its rows:
+# forward KL, $a = -p_t$ with sum $-1$; reverse KL, $a = p_s \log(p_s/p_t)$ (a
+# constant in $\partial d$ cancels) with sum $D$.
 
 # %%
 from kdlib.divergences import reverse_kl
