@@ -12,7 +12,7 @@ from kdlib.distributed import Ranks
 from kdlib.errors import TrainingError
 from kdlib.objective import Objective
 from kdlib.settings import TrainConfig
-from kdlib.teachers import LiveTeacher, Teacher
+from kdlib.teachers import CachedTeacher, LiveTeacher, RemoteTeacher, Teacher
 
 
 @contextmanager
@@ -49,7 +49,8 @@ def way_out(
         ways.append(f"micro_batch_size={rows // 2} (the loss stays the same)")
     if not config.activation_checkpointing:
         ways.append("activation_checkpointing=True")
-    if live and not config.fused and objective.hard_weight < 1:
+    fusable = isinstance(teacher, (LiveTeacher, CachedTeacher, RemoteTeacher))
+    if fusable and not config.fused and objective.hard_weight < 1:
         ways.append("fused=True")
     movable = not ranks.shard and not config.sequence_level
     if live and not config.teacher_offload and movable:

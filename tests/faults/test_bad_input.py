@@ -28,7 +28,7 @@ from kdlib.metrics import Record
 from kdlib.objective import Objective
 from kdlib.pairs import EncodedPair, PairCollator
 from kdlib.settings import MAY_CHANGE
-from kdlib.teachers import LiveTeacher
+from kdlib.teachers import CachedTeacher, LiveTeacher
 from kdlib.train import TrainConfig, train
 
 CONFIG = TrainConfig(steps=6, batch_size=4, learning_rate=1e-2, checkpoint_every=2)
@@ -551,6 +551,7 @@ def test_a_gpu_whose_memory_is_too_small(house, four_steps, changes, advice):
 FULL = replace(CONFIG, micro_batch_size=1, activation_checkpointing=True)
 NEW = "start a new run with a GPU with more memory or a smaller model"
 CACHED = " or targets that are cached first (python -m kdlib cache)"
+CACHED_TEACHER = CachedTeacher.__new__(CachedTeacher)  # its kind is all that is asked
 
 
 @pytest.mark.parametrize(
@@ -560,6 +561,9 @@ CACHED = " or targets that are cached first (python -m kdlib cache)"
         ({"teacher": Elsewhere("zero")}, CONFIG, f"try {HALF}activation_checkpo"),
         ({"teacher": Elsewhere("zero")}, FULL, NEW),
         ({"teacher": None}, FULL, NEW),
+        # Sparse targets have a fused loss as well, and no teacher to move.
+        ({"teacher": CACHED_TEACHER}, FULL, f"try fused=True{SAVED}"),
+        ({"teacher": CACHED_TEACHER}, replace(FULL, fused=True), NEW),
         ({"objective": HARD}, FULL, f"try teacher_offload=True{SAVED}"),
         # A teacher that writes stays where it is; sharded, it is everywhere.
         ({}, replace(FULL, sequence_level=True), f"try fused=True{SAVED}"),
