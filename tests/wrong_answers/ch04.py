@@ -11,25 +11,9 @@ import math
 import numpy as np
 import torch
 from torch.nn import functional as F
+from wrong_answers.collect import collectors
 
-WRONG: list[tuple] = []  # (question, answer, outcome, bug, points, provenance)
-HONEST: list[tuple] = []  # (question, answer)
-
-
-def wrong(question, bug, points, provenance="", outcome="wrong"):
-    def keep(answer):
-        WRONG.append((question, answer, outcome, bug, points, provenance))
-        return answer
-
-    return keep
-
-
-def honest(question):
-    def keep(answer):
-        HONEST.append((question, answer))
-        return answer
-
-    return keep
+WRONG, HONEST, wrong, honest = collectors()
 
 
 # --- 4.1 soft_cross_entropy ---

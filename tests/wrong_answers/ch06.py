@@ -11,28 +11,12 @@ from fractions import Fraction
 import numpy as np
 import torch
 from torch.nn import functional as F
+from wrong_answers.collect import collectors
 
 from kdlib.divergences import forward_kl
 from kdlib.objective import Objective
 
-WRONG: list[tuple] = []  # (question, answer, outcome, bug, points, provenance)
-HONEST: list[tuple] = []  # (question, answer)
-
-
-def wrong(question, bug, points, provenance="", outcome="wrong"):
-    def keep(answer):
-        WRONG.append((question, answer, outcome, bug, points, provenance))
-        return answer
-
-    return keep
-
-
-def honest(question):
-    def keep(answer):
-        HONEST.append((question, answer))
-        return answer
-
-    return keep
+WRONG, HONEST, wrong, honest = collectors()
 
 
 # --- 6.1 total_loss ---
