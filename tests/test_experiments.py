@@ -21,6 +21,7 @@ FOLDER = claims.FOLDER / "experiments"
 KNOWN = claims.load()
 SMALL = {
     "boxed_targets.py": "--seeds 2 --share 0.001",
+    "clinic.py": "--seeds 2 --share 0.01 --tests 4",
     "context_distillation.py": "--seeds 2 --share 0.01",
     "dark_knowledge.py": "--seeds 2 --share 0.001",
     "data_size.py": "--seeds 2 --share 0.001",

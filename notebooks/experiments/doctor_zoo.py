@@ -205,7 +205,9 @@ def remasked(batch: PairedBatch, change) -> PairedBatch:
     seen="ms-swift; modelscope/ms-swift#10073",
 )
 def _(b):
-    teacher = View(*(x.roll(1, 0) for x in vars(b.batch.teacher).values()))
+    view = b.batch.teacher
+    parts = (view.input_ids, view.attention_mask, view.completion_mask)
+    teacher = View(*(x.roll(1, 0) for x in parts))
     batch = rebuilt(b.batch, teacher, b.batch.student)
     return b.loop(batch=batch)
 
