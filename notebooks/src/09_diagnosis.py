@@ -1174,9 +1174,8 @@ for verdict in caught["arguments swapped"]:
 # %% [markdown]
 # ## 10 · What the patients show
 #
-# Eight questions to the 24, chosen after the first of the five seeds was seen
-# and before the others. Each is a patient minus its healthy twin, paired over
-# the seeds.
+# Eight questions to the 24, chosen when one of the five seeds had been looked
+# at. Each is a patient minus its healthy twin, paired over the seeds.
 
 # %%
 for name, claim in claims.load().items():
