@@ -255,6 +255,8 @@ def doctor(arguments) -> int:
         print(json.dumps([vars(finding) for finding in findings]))
     else:
         print(report(findings))
+        if unseen := doctor_command.unseen(arguments.path):
+            to_stderr(f"Not looked at: {', '.join(unseen)}.")
     return 1 if findings else 0
 
 

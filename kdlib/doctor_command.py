@@ -7,6 +7,7 @@ through student, teacher and loss, without a step of the optimiser.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from kdlib.batching import batches_of_steps
 from kdlib.distributed import processes
 from kdlib.doctor import Finding, examine_batch, examine_run
+from kdlib.doctor.record import Record
 from kdlib.doctor.views import truncated_contexts
 from kdlib.errors import ArgumentError
 from kdlib.examples import read_examples
@@ -31,11 +33,14 @@ def examine(path: str | Path, floor: float | None = None) -> list[Finding]:
     Raises ArgumentError for a path that is neither, and what the rooms below raise.
     """
     path = Path(path)
-    if path.is_dir():
+    if path.name == "metrics.jsonl":
+        path = path.parent
+    if os.path.isdir(path):
         return examine_run(path, floor=floor)
-    if not path.exists():
+    if not os.path.exists(path):  # which Path's own would raise where it may not look
         raise ArgumentError(
-            f"{path} does not exist", "name a run's folder, or its settings file"
+            f"{path} does not exist, or you may not look into its folder",
+            "name a run's folder, or its settings file",
         )
     if floor is not None:
         raise ArgumentError(
@@ -43,6 +48,13 @@ def examine(path: str | Path, floor: float | None = None) -> list[Finding]:
             "leave it out: it is a line for the KL of a run that has been made",
         )
     return examine_plan(Plan.read(path))
+
+
+def unseen(path: str | Path) -> list[str]:
+    """What a run's folder does not show, so that nothing found there is no verdict."""
+    path = Path(path)
+    path = path.parent if path.name == "metrics.jsonl" else path
+    return Record.read(path).unseen if path.is_dir() else []
 
 
 def examine_plan(plan: Plan) -> list[Finding]:

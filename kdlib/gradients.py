@@ -24,7 +24,7 @@ from kdlib.distributed import ALONE, Ranks
 from kdlib.errors import ArgumentError
 from kdlib.fused import fused_divergence, fused_sparse_divergence
 from kdlib.heads import Head
-from kdlib.metrics import fidelity, sample
+from kdlib.metrics import fidelity, quarters, sample
 from kdlib.objective import DistillationLoss, Objective
 from kdlib.pairs import PairedBatch, View
 from kdlib.precision import Precision
@@ -71,7 +71,7 @@ class StudentLoss(torch.nn.Module):
 
     def forward(
         self, batch: PairedBatch, num_items: int | None, measure: bool = False
-    ) -> tuple[DistillationLoss, dict[str, float]]:
+    ) -> tuple[DistillationLoss, dict[str, torch.Tensor]]:
         """The loss of one micro-batch, a share of `num_items`; fidelity if measured."""
         if len(batch.example_ids) == 0:
             return self._nothing(batch), {}
@@ -87,7 +87,9 @@ class StudentLoss(torch.nn.Module):
             row_ids=batch.row_ids,
             num_items=num_items,
         )
-        measured = fidelity(logits, targets) if measure and targets is not None else {}
+        measured = {}
+        if measure and targets is not None:
+            measured = fidelity(logits, targets, quarters(batch.row_ids))
         return loss, measured
 
     def _targets(self, batch: PairedBatch):
@@ -154,6 +156,7 @@ class StudentLoss(torch.nn.Module):
                 measured = fidelity(
                     student_head.logits(student_hidden[few]),
                     head.logits(hidden[few]) if live else targets[few],
+                    quarters(batch.row_ids)[few],
                 )
         return loss, measured
 
@@ -180,11 +183,12 @@ def accumulate_gradient(
 class QueuedStep:
     """The numbers of a step whose work may be under way still.
 
-    rest: a StepLoss whose loss and parts are not known yet
+    rest: a StepLoss whose loss, parts and fidelity are not known yet
     """
 
     totals: list[torch.Tensor]
     parts: list[dict[str, torch.Tensor]]
+    fidelity: dict[str, torch.Tensor]
     rest: StepLoss
 
     def fetch(self, *others: torch.Tensor) -> tuple[StepLoss, *tuple[float, ...]]:
@@ -193,9 +197,13 @@ class QueuedStep:
         for name in self.parts[0]:
             columns[name] = [part[name] for part in self.parts if part]
         queued = [x.detach() for column in columns.values() for x in column]
+        queued += self.fidelity.values()
         numbers = iter(torch.stack([*queued, *others]).tolist())
         sums = {name: sum(islice(numbers, len(x))) for name, x in columns.items()}
-        return self.rest._replace(loss=sums.pop(None), parts=sums), *numbers
+        # Not zip(.., numbers): it would take one number more to see that names end.
+        fidelity = {name: next(numbers) for name in self.fidelity}
+        found = self.rest._replace(loss=sums.pop(None), parts=sums, fidelity=fidelity)
+        return found, *numbers
 
 
 def add_gradient(
@@ -234,9 +242,9 @@ def add_gradient(
         tokens=sum(batch.student.n_tokens for batch in asked),
         teacher_tokens=sum(batch.teacher.n_tokens for batch in asked),
         parts={},
-        fidelity=measured,
+        fidelity={},
     )
-    return QueuedStep(totals, parts, rest)
+    return QueuedStep(totals, parts, measured, rest)
 
 
 def summed(shares: list[StepLoss]) -> StepLoss:

@@ -7,8 +7,12 @@ FOLDER/metrics.jsonl has a line a step:
     agreement                share of tokens where both have the same likeliest token
     entropy_gap              H(p_s) - H(p_t), nats a token: below 0, the student is
                              surer of itself than its teacher is
-    teacher_mass             the share of the teacher's probability that sparse targets
-                             name
+    kl_quarter_1 .. _4       kl by position: in the first to the last quarter of each
+                             response; null where the sample has no such token
+    teacher_mass             the share of the teacher's probability that the top k of
+                             sparse targets name
+    off_support              the share of the student's probability on other tokens, at
+                             the targets' temperature; 1 - teacher_mass is its teacher's
     grad_norm                before clipping
     learning_rate
     tokens, tokens_per_s     that the student read: prompts and responses, no padding
@@ -19,7 +23,7 @@ FOLDER/metrics.jsonl has a line a step:
 On-policy and sequence-level runs add what on_policy.Author tells: student_written,
 teacher_written and unfinished.
 
-kl to teacher_mass are measured every log_every steps, on at most SAMPLE tokens.
+kl to off_support are measured every log_every steps, on at most SAMPLE tokens.
 TensorBoard gets the same numbers, where it is installed.
 
 What mfu counts, at flops_per_token: the student's forward and backward pass, a live
@@ -62,33 +66,57 @@ PEAKS = {
 
 
 @torch.no_grad()
-def fidelity(student_logits, targets) -> dict[str, float]:
-    """kl, agreement, entropy_gap and teacher_mass, as far as the targets tell.
+def fidelity(student_logits, targets, quarter=None) -> dict[str, torch.Tensor]:
+    """kl to off_support, as far as the targets tell. Scalars that nothing waits for.
 
     student_logits: [N, V]
     targets:        [N, V] the teacher's logits, or SparseTargets. Sparse ones give the
                     KL of their own kind, at their own temperature, and no entropy
+    quarter:        [N] of each token's response, see `quarters`; for kl_quarter_1 ..
     """
     few = sample(len(student_logits), student_logits.device)
     student_logits, targets = student_logits[few], targets[few]
     if isinstance(targets, SparseTargets):
         t = targets.temperature
-        kl = sparse_divergence(student_logits, targets, temperature=t)
-        found = {"kl": kl.mean()}
+        kl, found = sparse_divergence(student_logits, targets, temperature=t), {}
         if targets.weights is None:  # the likeliest first; sampled ones are in no order
-            same = student_logits.argmax(-1) == targets.indices[:, 0]
+            named = targets.indices.long()
+            same = student_logits.argmax(-1) == named[:, 0]
             found["agreement"] = same.float().mean()
             found["teacher_mass"] = targets.log_probs.float().exp().sum(-1).mean()
+            log_ps = tempered_log_softmax(student_logits[:, : targets.vocab_size], t)
+            on_support = log_ps.gather(-1, named).exp().sum(-1)
+            found["off_support"] = 1.0 - on_support.mean()
     else:
         vocab = min(student_logits.shape[-1], targets.shape[-1])
         student_logits, targets = student_logits[:, :vocab], targets[:, :vocab]
         same = student_logits.argmax(-1) == targets.argmax(-1)
+        kl = forward_kl(student_logits, targets)
         found = {
-            "kl": forward_kl(student_logits, targets).mean(),
             "agreement": same.float().mean(),
             "entropy_gap": (entropy(student_logits) - entropy(targets)).mean(),
         }
-    return {name: value.item() for name, value in found.items()}
+    return {"kl": kl.mean(), **found, **_by_quarter(kl, few, quarter)}
+
+
+def _by_quarter(kl, few, quarter) -> dict[str, torch.Tensor]:
+    """Masked sums, because a GPU would be waited for to select by a mask."""
+    if quarter is None:
+        return {}
+    there = quarter[few] == torch.arange(4, device=kl.device)[:, None]  # [4, n]
+    sums = kl.where(there, 0.0).sum(-1) / there.sum(-1)
+    return {f"kl_quarter_{i + 1}": sums[i] for i in range(4)}
+
+
+def quarters(row_ids) -> torch.Tensor:
+    """[N] 0 to 3: the quarter of its response in which each token stands.
+
+    row_ids: [N] the response of each token, ascending (PairedBatch.row_ids)
+    """
+    first = torch.searchsorted(row_ids, row_ids)
+    length = torch.searchsorted(row_ids, row_ids, right=True) - first
+    place = torch.arange(len(row_ids), device=row_ids.device) - first
+    return 4 * place // length
 
 
 def sample(n: int, device) -> torch.Tensor:

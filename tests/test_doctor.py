@@ -9,8 +9,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from kdlib import localize
 from kdlib.__main__ import main
@@ -19,7 +21,9 @@ from kdlib.doctor import (
     catalogue,
     examine_batch,
     examine_run,
+    fidelity,
     from_labels,
+    optimisation,
     report,
 )
 from kdlib.doctor import run as runs
@@ -28,9 +32,11 @@ from kdlib.doctor.positions import examine_positions
 from kdlib.doctor.record import Record
 from kdlib.doctor.watch import Call, Reading, predicting, reading
 from kdlib.errors import ArgumentError, DataError
+from kdlib.metrics import fidelity as measured
 from kdlib.objective import Objective
 from kdlib.pairs import PairCollator, View
 from kdlib.settings import TrainConfig
+from kdlib.sparse import top_k_targets
 from kdlib.teachers import LiveTeacher
 
 ROOT = Path(__file__).parents[1]
@@ -283,40 +289,53 @@ T3 = Objective(temperature=3.0)
 CONFIG = TrainConfig(steps=100, max_grad_norm=0.5, max_new_tokens=7)
 LINES = [
     # check, numbers that are healthy, numbers that are not, its name
-    (runs.loss_and_parts, {"loss": 9.0, "soft": 1.0}, {"soft": 1.0, "loss": 1.0},
-     "t2_missing"),
-    (runs.loss_and_parts, {"loss": 9.0, "soft": 1.0}, {"soft": 1.0, "loss": 9.1},
-     "wrong_scale"),
-    (runs.learning_rate, {"learning_rate": 2e-7}, {"learning_rate": 0.9e-7},
+    (optimisation.loss_and_parts, {"loss": 9.0, "soft": 1.0},
+     {"soft": 1.0, "loss": 1.0}, "t2_missing"),
+    (optimisation.loss_and_parts, {"loss": 9.0, "soft": 1.0},
+     {"soft": 1.0, "loss": 9.1}, "wrong_scale"),
+    (optimisation.learning_rate, {"learning_rate": 2e-7}, {"learning_rate": 0.9e-7},
      "learning_rate_zero"),
-    (runs.warmup, {"learning_rate": 1.0}, {"learning_rate": 1.0, "loss":
+    (optimisation.warmup, {"learning_rate": 1.0}, {"learning_rate": 1.0, "loss":
      lambda x: 1.0 + 3 * (x > 0.02)}, "no_warmup"),
-    (runs.diverging, {"loss": lambda x: 1 + 0.4 * x}, {"loss": lambda x: 1 + x},
+    (optimisation.diverging, {"loss": lambda x: 1 + 0.4 * x}, {"loss": lambda x: 1 + x},
      "diverging"),
-    (runs.not_learning, {}, {"loss": 1.0}, "not_learning"),
-    (runs.not_learning, {"loss": 0.04}, {"kl": 1.0}, "not_learning"),
-    (runs.vanishing, {"grad_norm": 1e-5}, {"grad_norm": 1e-7}, "gradient_vanishes"),
-    (runs.clipped, {"grad_norm": 4.9}, {"grad_norm": 5.1}, "always_clipped"),
-    (runs.spikes, {"grad_norm": lambda x: 1 + 90 * (x == 0.5)},
+    (optimisation.not_learning, {}, {"loss": 1.0}, "not_learning"),
+    (optimisation.not_learning, {"loss": 0.04}, {"loss": 0.06}, "not_learning"),
+    (optimisation.not_learning, {"kl": 1.0}, {"kl": 1.0, "loss": 1.0}, "not_learning"),
+    (optimisation.not_learning, {"kl": falling, "loss": 1.0},
+     {"kl": lambda x: 1 - 0.01 * x, "loss": 1.0}, "not_learning"),
+    (optimisation.vanishing, {"grad_norm": 1e-5}, {"grad_norm": 1e-7},
+     "gradient_vanishes"),
+    (optimisation.clipped, {"grad_norm": 4.9}, {"grad_norm": 5.1}, "always_clipped"),
+    (optimisation.spikes, {"grad_norm": lambda x: 1 + 90 * (x == 0.5)},
      {"grad_norm": lambda x: 1 + 110 * (x == 0.5)}, "gradient_spikes"),
-    (runs.fidelity_stuck, {"kl": falling}, {"kl": 1.0}, "fidelity_stuck"),
-    (runs.sureness, {"entropy_gap": lambda x: 5 - 4 * x},
+    (fidelity.fidelity_stuck, {"kl": falling}, {"kl": 1.0}, "fidelity_stuck"),
+    (fidelity.late_positions, {"kl_quarter_1": falling, "kl_quarter_4": falling},
+     {"kl_quarter_1": falling, "kl_quarter_4": 1.0}, "late_positions_stuck"),
+    (fidelity.support, {"teacher_mass": 0.9, "off_support": 0.3, "kl": 0.11},
+     {"teacher_mass": 0.9, "off_support": 0.5, "kl": 0.3}, "top_k_renormalised"),
+    (fidelity.support, {"teacher_mass": 0.9, "off_support": 0.06, "kl": 0.1},
+     {"teacher_mass": 0.9, "off_support": 0.04, "kl": 0.1}, "top_k_tail_cut"),
+    (fidelity.support, {"teacher_mass": 0.99, "off_support": 0.001, "kl": 0.1},
+     {"teacher_mass": 0.9, "off_support": 0.001, "kl": -0.1}, "top_k_tail_cut"),
+    (fidelity.sureness, {"entropy_gap": lambda x: 5 - 4 * x},
      {"entropy_gap": lambda x: x}, "too_flat"),
-    (runs.sureness, {"entropy_gap": -0.09}, {"entropy_gap": -0.11}, "overconfident"),
-    (runs.teacher_mass, {"teacher_mass": 0.95}, {"teacher_mass": 0.85},
+    (fidelity.sureness, {"entropy_gap": -0.09}, {"entropy_gap": -0.11},
+     "overconfident"),
+    (fidelity.teacher_mass, {"teacher_mass": 0.95}, {"teacher_mass": 0.85},
      "teacher_mass_low"),
-    (runs.unfinished, {"unfinished": 0.9}, {"unfinished": 1.0},
+    (fidelity.unfinished, {"unfinished": 0.9}, {"unfinished": 1.0},
      "unfinished_responses"),
-    (runs.throughput, {"tokens_per_s": lambda x: 10 - 7 * x},
+    (optimisation.throughput, {"tokens_per_s": lambda x: 10 - 7 * x},
      {"tokens_per_s": lambda x: 10 if x < 0.5 else 1}, "throughput_collapses"),
-    (runs.memory, {"peak_memory": lambda x: 5.0 + min(x, 0.6)},
+    (optimisation.memory, {"peak_memory": lambda x: 5.0 + min(x, 0.6)},
      {"peak_memory": lambda x: 1.0 + 4 * x}, "memory_grows"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("check", "right", "wrong", "name"), LINES)
 def test_both_sides_of_a_line(check, right, wrong, name):
-    objective = T3 if check is runs.loss_and_parts else Objective()
+    objective = T3 if check is optimisation.loss_and_parts else Objective()
     assert check(record(objective=objective, config=CONFIG, **right)) is None
     finding = check(record(objective=objective, config=CONFIG, **wrong))
     assert finding.name == name and re.search(r"\d", finding.evidence)
@@ -326,7 +345,7 @@ def test_the_soft_part_against_the_kl():
     def of(soft, objective=None, **more):
         objective = objective or Objective()
         made = record(objective=objective, soft=soft, kl=1.0, **more)
-        finding = runs.soft_and_kl(made)
+        finding = optimisation.soft_and_kl(made)
         return finding and finding.name
 
     assert of(1.0) is of(0.3) is of(3.9) is None
@@ -335,24 +354,153 @@ def test_the_soft_part_against_the_kl():
     assert of(100.0) == "sum_for_mean"
     for other in (T3, Objective("reverse_kl"), Objective(reduction="sum")):
         assert of(1e-3, other) is None  # another number, or another temperature
+        assert of(-1.0, other) == "wrong_sign"
+    assert of(-1.0) == "wrong_sign"
+    assert of(-0.04, T3) is None  # an estimate from samples may be below 0
+
+
+def test_a_scale_is_one_number_for_the_run():
+    """Beside a loss of other targets the KL goes its own way."""
+    moving = record(objective=Objective(), soft=lambda x: 9 - 8 * x, kl=0.5)
+    assert optimisation.soft_and_kl(moving) is None
+    steady = record(objective=Objective(), soft=lambda x: 9 - x, kl=0.5)
+    assert optimisation.soft_and_kl(steady).name == "sum_for_mean"
+
+
+def test_a_loss_that_is_minus_its_parts():
+    made = record(objective=T3, soft=1.0, loss=-9.0)
+    assert optimisation.loss_and_parts(made).name == "wrong_sign"
+    made = record(objective=T3, soft=1.0, loss=-8.0)
+    assert optimisation.loss_and_parts(made).name == "wrong_scale"
+
+
+def test_the_kl_of_two_events_is_no_more_than_the_kl():
+    """The inequality itself: no bucket, however far the student is, is a finding."""
+    generator = torch.Generator().manual_seed(0)
+    for sharp in (0.1, 1.0, 5.0, 20.0):
+        teacher, student = torch.randn(2, 64, 30, generator=generator) * sharp
+        for k in (1, 4, 29):
+            for t in (1.0, 3.0):
+                targets = top_k_targets(teacher, k, temperature=t)
+                line = {n: float(x) for n, x in measured(student, targets).items()}
+                line |= {"step": 1, "loss": 1.0}
+                assert fidelity.support(Record([line])) is None, (sharp, k, t)
+
+
+def test_targets_without_their_tail_are_told_by_the_mass_off_support():
+    teacher = torch.zeros(4, 10)
+    teacher[:, 0] = 3.0  # 0.69 of the probability
+    student = torch.zeros(4, 10)  # 0.1
+    student[:, 0] = 9.0  # nearly all
+    for logits, tail, name in (
+        (torch.zeros(4, 10), "renormalize", "top_k_renormalised"),
+        (student, "zero", "top_k_tail_cut"),
+        (torch.zeros(4, 10), "bucket", None),
+        (student, "bucket", None),
+    ):
+        line = measured(logits, top_k_targets(teacher, 1, tail))
+        line = {n: float(x) for n, x in line.items()} | {"step": 1, "loss": 1.0}
+        finding = fidelity.support(Record([line]))
+        assert (finding and finding.name) == name
+
+
+def test_hard_labels_and_a_seeker_of_modes_may_leave_the_tail():
+    numbers = {"teacher_mass": 0.9, "off_support": 0.01, "kl": 0.2}
+    for objective in (None, Objective("reverse_kl"), Objective(hard_weight=0.5)):
+        assert fidelity.support(record(objective=objective, **numbers)) is None
+    assert fidelity.support(record(objective=Objective(), **numbers)) is not None
+
+
+def test_late_positions_that_are_behind():
+    def of(late, **more):
+        made = record(kl_quarter_1=falling, kl_quarter_4=late, **more)
+        finding = fidelity.late_positions(made)
+        return finding and finding.name
+
+    assert of(lambda x: 1 - 0.1 * x) == "late_positions_stuck"
+    assert of(lambda x: 1 - 0.7 * x) is None  # it falls, if slowly
+    assert of(0.2) is None  # it stands where the beginning will
+    assert of(0.04) is None  # nothing to learn
+    # Steps that the student writes are other texts, and no trend.
+    where = {"kl_quarter_4": lambda x: 1 + (x > 0.5)}
+    mixed = record(kl_quarter_1=falling, **where)
+    for i, line in enumerate(mixed.lines):
+        line["student_written"] = float(i >= 60)
+        line["kl_quarter_4"] = 1.0 if i >= 60 else 1.0 - i / 60
+    assert fidelity.late_positions(mixed) is None
+
+
+def test_what_writers_unlike_each_other_give_is_no_trend():
+    """A run that is half on-policy, and ends with the student's own texts."""
+    lines = record(100, loss=falling, kl=falling).lines
+    for i, line in enumerate(lines):
+        if i % 5 == 0 or i > 90:
+            line.update(student_written=1.0, loss=3.0, kl=3.0)
+        else:
+            line["student_written"] = 0.0
+    mixed = Record(lines)
+    assert len(mixed.of_one_writer.lines) == 72
+    assert optimisation.not_learning(mixed) is None
+    assert fidelity.fidelity_stuck(mixed) is None
+    short = Record(lines[:20])
+    assert optimisation.not_learning(short) is None
+
+
+def test_a_spike_beside_next_to_nothing_is_none():
+    """A student that begins as its teacher: every gradient is rounding, but one."""
+    quiet = record(grad_norm=lambda x: 3.0 if x == 0.5 else 1e-3)
+    assert optimisation.spikes(quiet) is None
+    loud = record(grad_norm=lambda x: 30.0 if x == 0.5 else 1e-3)
+    assert optimisation.spikes(loud).name == "gradient_spikes"
+
+
+COLUMNS = (
+    "loss", "soft", "hard", "kl", "agreement", "entropy_gap", "teacher_mass",
+    "off_support", "kl_quarter_1", "kl_quarter_4", "grad_norm", "learning_rate",
+    "tokens_per_s", "peak_memory", "unfinished", "student_written",
+)  # fmt: skip
+
+
+@hypothesis.settings(max_examples=150)
+@hypothesis.given(
+    columns=st.dictionaries(
+        st.sampled_from(COLUMNS),
+        st.lists(st.sampled_from([None, 0.0, -1.0, 1e-9, 0.5, 1.0, 1e6]), max_size=9),
+    ),
+    steps=st.sampled_from([1, 2, 5, 19, 20, 21, 60]),
+    objective=st.sampled_from([None, Objective(), T3, Objective("reverse_kl")]),
+)
+def test_no_check_raises_whatever_a_record_lacks(columns, steps, objective):
+    lines = []
+    for i in range(steps):
+        line = {"step": i + 1, "loss": None}
+        line |= {name: x[i % len(x)] for name, x in columns.items() if x}
+        lines.append(line)
+    made = Record(lines, CONFIG if objective else None, objective, 100, {"a": 1})
+    for check in runs.CHECKS:
+        check(made)
+    fidelity.against_floor(made, 0.0)
 
 
 def test_a_start_that_is_worse_than_a_guess():
     made = record(kl=12.0)
-    assert runs.starts_too_high(made) is None  # the vocabulary is not known
+    assert optimisation.starts_too_high(made) is None  # the vocabulary is not known
     made = replace(made, vocabulary=1000)
-    assert runs.starts_too_high(made) is None  # 2 log 1000 = 13.8
-    assert runs.starts_too_high(replace(made, vocabulary=100)).name == "starts_too_high"
+    assert optimisation.starts_too_high(made) is None  # 2 log 1000 = 13.8
+    assert (
+        optimisation.starts_too_high(replace(made, vocabulary=100)).name
+        == "starts_too_high"
+    )
 
 
 def test_hard_labels_and_reverse_kl_may_be_sure():
     for objective in (Objective(hard_weight=1.0), Objective("reverse_kl")):
-        assert runs.sureness(record(objective=objective, entropy_gap=-1.0)) is None
+        assert fidelity.sureness(record(objective=objective, entropy_gap=-1.0)) is None
 
 
 def test_the_floor():
     def of(kl, floor):
-        return names(runs.against_floor(record(kl=kl), floor))
+        return names(fidelity.against_floor(record(kl=kl), floor))
 
     settled = lambda x: max(0.4, 2 - 8 * x)  # noqa: E731
     assert of(settled, 0.0) == {"plateau_above_floor"}
@@ -360,27 +508,27 @@ def test_the_floor():
     assert of(falling, 0.0) == set()  # it is still on its way
     assert of(settled, 0.5) == {"below_floor"}
     assert of(settled, 0.44) == set()
-    assert runs.against_floor(record(), 0.0) == []
+    assert fidelity.against_floor(record(), 0.0) == []
 
 
 def test_validation_elsewhere():
     made = record(kl=0.1)
     for kl, name in ((0.4, None), (0.5, "validation_far")):
         validated = replace(made, validation={"student": {"kl": kl}})
-        finding = runs.validation(validated)
+        finding = fidelity.validation(validated)
         assert (finding and finding.name) == name
 
 
 def test_short_runs_have_no_trend():
-    assert runs.not_learning(record(19, loss=1.0)) is None
-    assert runs.diverging(record(19, loss=lambda x: 1 + 9 * x)) is None
+    assert optimisation.not_learning(record(19, loss=1.0)) is None
+    assert optimisation.diverging(record(19, loss=lambda x: 1 + 9 * x)) is None
 
 
 def test_what_one_finding_explains_is_left_out(tmp_path):
     lines = record(40, loss=1.0, learning_rate=1e-9).lines
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert names(examine_run(tmp_path)) == {"learning_rate_zero"}
-    assert runs.not_learning(Record(lines)) is not None
+    assert optimisation.not_learning(Record(lines)) is not None
 
 
 def test_tenths():
@@ -394,10 +542,24 @@ def test_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(DataError, match="metrics.jsonl does not exist"):
         examine_run(tmp_path)
     file = tmp_path / "metrics.jsonl"
-    for text, said in (("", "is empty"), ('{"step": 1}', "line 1"), ("{", "line 1")):
+    line = '{"step": 1, "loss": 2.0}\n'
+    for text, said in (
+        ("", "no whole line"),
+        ('{"step": 1', "no whole line"),  # cut off by a kill
+        ('{"step": 1}\n', "line 1"),
+        ("{\n" + line, "line 1"),
+        (line + "3\n" + line, "line 2"),
+        (line + '{"step": 2, "loss": "low"}\n', "line 2(.|\n)*'low'"),
+    ):
         file.write_text(text)
         with pytest.raises(DataError, match=said):
             examine_run(tmp_path)
+    file.write_text("[1, 2]\n")
+    with pytest.raises(DataError, match="has no names"):
+        examine_run(tmp_path)
+    file.write_bytes(bytes(range(256)))
+    with pytest.raises(DataError, match="cannot be read as text"):
+        examine_run(tmp_path)
     file.write_text('{"step": 1, "loss": 2.0}\n')
     assert examine_run(tmp_path) == []
     (tmp_path / "result.json").write_text("[")
@@ -406,6 +568,60 @@ def test_a_folder_that_is_no_run(tmp_path):
     (tmp_path / "result.json").write_text('{"settings": {"train": {"stepz": 3}}}')
     with pytest.raises(DataError, match="not kdlib's"):
         examine_run(tmp_path)
+
+
+def test_a_line_that_is_being_written_is_left_out(tmp_path):
+    text = '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}'
+    (tmp_path / "metrics.jsonl").write_text(text[:-1])
+    assert Record.read(tmp_path).values("loss") == [2.0]
+    (tmp_path / "metrics.jsonl").write_text(text)  # whole, but for its end of line
+    assert Record.read(tmp_path).values("loss") == [2.0, 1.0]
+
+
+def test_what_may_not_be_read_is_named(tmp_path, monkeypatch, capsys):
+    read = Path.read_text
+
+    def refuse(self, *args, **options):
+        if self.name == "metrics.jsonl":
+            raise PermissionError(13, "Permission denied")
+        return read(self, *args, **options)
+
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert main(["doctor", str(tmp_path / "metrics.jsonl")]) == 2
+    said = capsys.readouterr().err
+    assert "metrics.jsonl cannot be read" in said and "Remedy" in said
+
+
+def test_nothing_found_is_no_verdict_where_nothing_can_be_seen(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    assert main(["doctor", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert said.out.strip() == NOTHING
+    assert "trends (1 steps of at least 20), scale (no settings" in said.err
+    assert record(20, kl=1.0, objective=Objective()).unseen == []
+    assert len(record(19, kl=1.0, objective=Objective()).unseen) == 1
+
+
+def test_a_run_is_examined_without_what_another_version_left(tmp_path):
+    """Its numbers are there: settings and validation are left out, not the run."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n\n')
+    for text in ('{"validation": {"kl": 3}}', '{"validation": [1]}', "{}"):
+        (tmp_path / "result.json").write_text(text)
+        assert names(examine_run(tmp_path)) == {"loss_not_finite"}
+    place = tmp_path / "checkpoints" / "step-00000001"
+    place.mkdir(parents=True)
+    (place / "manifest.json").write_text('{"format": "kdlib checkpoint 7"}')
+    with pytest.warns(UserWarning, match="step-00000001"):
+        assert names(examine_run(tmp_path)) == {"loss_not_finite"}
+
+
+def test_nan_in_the_metrics_of_another_writer(tmp_path):
+    text = '{"step": 1, "loss": 2.0, "kl": NaN}\n{"step": 2, "loss": -Infinity}\n'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    (finding,) = examine_run(tmp_path)
+    assert finding.name == "loss_not_finite"
+    assert finding.evidence == "no loss at 1 steps, first 2"
 
 
 @pytest.mark.slow
@@ -485,6 +701,9 @@ def test_the_command_refuses_what_it_cannot_read(settings, tmp_path, capsys):
     for arguments, said in (
         ([str(tmp_path / "none")], "does not exist"),
         ([str(tmp_path)], "metrics.jsonl does not exist"),
+        ([str(tmp_path / "metrics.jsonl")], "metrics.jsonl does not exist"),
+        ([str(tmp_path), "--floor", "nan"], "floor=nan"),
+        ([str(tmp_path), "--floor", "-0.1"], "floor=-0.1"),
         ([settings(rows()), "--floor", "0"], "leave it out"),
         ([str(tmp_path / "data.jsonl")], "no settings file"),
     ):

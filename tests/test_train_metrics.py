@@ -13,7 +13,7 @@ import torch
 
 from kdlib import localize, metrics, models
 from kdlib.errors import StorageError
-from kdlib.metrics import Record, fidelity, flops_per_token, peak_flops
+from kdlib.metrics import Record, fidelity, flops_per_token, peak_flops, quarters
 from kdlib.objective import Objective
 from kdlib.pairs import PairCollator
 from kdlib.sparse import sampled_targets, top_k_targets
@@ -58,6 +58,62 @@ def test_fidelity_to_sparse_targets():
     assert 0 < square_roots < 0.375 * log2
     sampled = sampled_targets(TEACHER, 5, torch.Generator().manual_seed(0))
     assert set(fidelity(STUDENT, sampled)) == {"kl"}
+
+
+def test_mass_off_support_by_hand():
+    def of(targets, student=STUDENT):
+        return float(fidelity(student, targets)["off_support"])
+
+    # The likeliest is token 0 in both rows, of which the student has 1/4 and 1/2.
+    assert of(top_k_targets(TEACHER, 1)) == pytest.approx((0.75 + 0.5) / 2)
+    # {0, 1 or 2} and {0, 1}: the student has 3/4 or 1/2, and 3/4.
+    found = top_k_targets(TEACHER[1:], 2)
+    assert of(found, STUDENT[1:]) == pytest.approx(0.25)
+    assert of(top_k_targets(TEACHER, 3)) == pytest.approx(0.0, abs=1e-6)
+    # At T = 2 the student's (1/4, 1/2, 1/4) is (1/2, sqrt(1/2), 1/2) normalised.
+    tempered = top_k_targets(TEACHER[:1], 1, temperature=2.0)
+    off = 1 - 0.5 / (1 + math.sqrt(0.5))
+    assert of(tempered, STUDENT[:1]) == pytest.approx(off)
+    # Columns that the teacher lacks are in neither softmax.
+    wide = torch.cat([STUDENT, torch.full((2, 1), 50.0)], dim=-1)
+    assert of(top_k_targets(TEACHER, 1), wide) == pytest.approx(0.625)
+
+
+def test_kl_by_quarter_by_hand():
+    """Two responses, of one token and of four, each token with a KL of its own."""
+    shares = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.55], dtype=torch.float64)
+    teacher = torch.stack([shares, 1 - shares], -1).log()
+    student = torch.zeros(5, 2, dtype=torch.float64)
+    kl = [p * math.log(2 * p) + (1 - p) * math.log(2 - 2 * p) for p in shares.tolist()]
+    quarter = quarters(torch.tensor([0, 1, 1, 1, 1]))
+    assert quarter.tolist() == [0, 0, 1, 2, 3]
+    found = fidelity(student, teacher, quarter)
+    assert found["kl_quarter_1"] == pytest.approx((kl[0] + kl[1]) / 2)
+    for i in (2, 3, 4):
+        assert found[f"kl_quarter_{i}"] == pytest.approx(kl[i])
+    assert found["kl"] == pytest.approx(sum(kl) / 5)
+    few = fidelity(student[:1], top_k_targets(teacher[:1], 1), quarter[:1])
+    assert few["kl_quarter_1"] == few["kl"] and few["kl_quarter_4"].isnan()
+
+
+def test_quarters_of_responses_of_any_length():
+    for length in range(1, 12):
+        ids = torch.tensor([3] * 5 + [7] * length)  # numbers may be left out
+        wanted = [4 * i // length for i in range(length)]
+        assert quarters(ids)[5:].tolist() == wanted
+        assert quarters(ids)[:5].tolist() == [0, 0, 1, 2, 3]
+
+
+def test_a_large_sample_keeps_tokens_and_quarters_together():
+    rows = torch.arange(1000).repeat_interleave(8)
+    quarter = quarters(rows)
+    teacher = torch.stack([quarter.float(), torch.zeros(len(rows))], -1)
+    student = torch.stack([torch.zeros(len(rows)), torch.zeros(len(rows))], -1)
+    found = fidelity(student, teacher, quarter)
+    for i in range(4):
+        p = torch.tensor([float(i), 0.0]).softmax(-1)
+        kl = float((p * (2 * p).log()).sum())
+        assert found[f"kl_quarter_{i + 1}"] == pytest.approx(kl, abs=1e-6)
 
 
 def test_fidelity_looks_at_a_spread_of_many_tokens():
@@ -263,6 +319,7 @@ def test_the_loops_lines(tmp_path, monkeypatch):
     assert [line.learning_rate for line in lines] == [config.rate(i) for i in range(4)]
     assert sum(line.tokens for line in lines) == history.tokens
     assert [hasattr(line, "kl") for line in lines] == [True, False, False, True]
+    assert 0 < min(getattr(lines[3], f"kl_quarter_{i}") for i in range(1, 5))
     for line in lines:
         # 0.75 T^2 soft + 0.25 hard
         assert line.loss == pytest.approx(3.0 * line.soft + 0.25 * line.hard)

@@ -131,6 +131,25 @@ def test_a_fused_step_waits_once(student, teacher, pairs, collator, hard_weight)
     assert math.isfinite(found.loss) and norm > 0
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_measured_step_waits_no_more_than_another(
+    student, teacher, pairs, collator, fused
+):
+    config = TrainConfig(steps=3, batch_size=8, micro_batch_size=4, fused=fused)
+    loss_of, state, batches = prepared(
+        student, LiveTeacher(teacher), pairs, collator, Objective(), config
+    )
+    loop.take_step(loss_of, batches, state, config, False)  # the optimiser's first
+    seen = {}
+    for measure in (False, True):
+        with Waits() as waits:
+            found, _ = loop.take_step(loss_of, batches, state, config, measure)
+        seen[measure] = waits.seen
+    assert seen[True] == seen[False]
+    assert found.fidelity["kl"] > 0 and len(found.fidelity) == 7
+    assert all(type(x) is float for x in found.fidelity.values())
+
+
 def test_a_step_from_the_cache_waits_for_its_proof_and_its_numbers(
     student, teacher, pairs, collator, tokenizer, tmp_path
 ):

@@ -11,7 +11,7 @@ from kdlib.doctor import thresholds
 from kdlib.doctor.closed_form import Question, known, multiple
 from kdlib.doctor.finding import Finding, found
 from kdlib.doctor.gradient import examine_closed_form
-from kdlib.doctor.positions import examine_positions
+from kdlib.doctor.positions import examine_attention, examine_positions
 from kdlib.doctor.teacher import (
     Answer,
     examine_answer,
@@ -86,7 +86,7 @@ def examine_batch(
     findings += of_student
     answer = Answer(None, None, batch.teacher)
     if teacher is not None:
-        of_teacher, answer = examine_teacher(teacher, batch, seen)
+        of_teacher, answer = examine_teacher(teacher, student, batch, seen)
         findings += of_teacher
     if read is None:
         return _once(findings)
@@ -154,10 +154,7 @@ def _student(
         more = int(view.attention_mask.sum() - batch.student.attention_mask.sum())
         evidence = f"it read the teacher's rows: {more} tokens more than its own view"
         findings.append(found("student_reads_full_input", evidence))
-    if read.hidden:
-        evidence = f"{read.hidden} tokens of the student's input are masked out"
-        findings.append(found("attention_hides_tokens", evidence))
-    return findings, read, view
+    return findings + examine_attention(read, "student"), read, view
 
 
 def _question(
@@ -181,7 +178,6 @@ def _question(
         others["micro_batch_means"] = _weights("sequence_mean", calls)
     elif objective.reduction == "sequence_mean":
         others["token_mean_for_sequence_mean"] = _weights("token_mean", rows)
-    dtype = read.logits.dtype
     return Question(
         logits=view.select(read.logits).cpu()[few].double(),
         gradient=view.select(read.gradient).cpu()[few].double(),
@@ -198,7 +194,8 @@ def _question(
             "real": int(view.attention_mask.sum()),
             "passes": len(set(read.call)),
         },
-        tolerance=thresholds.TOLERANCE.get(dtype, thresholds.TOLERANCE_16_BIT),
+        tolerance=thresholds.tolerance(read.logits),
+        sixteen_bits=read.logits.dtype.itemsize < 4,
     )
 
 

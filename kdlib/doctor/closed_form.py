@@ -13,12 +13,14 @@ multiple of the one that a known mistake gives has that mistake.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import pad
 
+from kdlib.doctor import thresholds
 from kdlib.loss_under_test import FORMULAS
 from kdlib.objective import Objective
 from kdlib.sparse import SparseTargets, sparse_divergence
@@ -27,10 +29,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int64
     from torch import Tensor
 
-# Where the student has learnt all, p_s - p_t is rounding: a gradient counts as no
-# smaller than this share of the tokens' weights.
-LEAST = 2e-3
 TINY = 1e-300  # float64 has no logarithm of 0, and 1e-300 log 1e-300 is 0
+LEAST_LOG = math.log(1e-150)  # whose square is a float64 still
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Question:
     moved:    the teacher's logits at positions that are not the right ones
     sizes:    tokens, rows, positions and such: what a denominator can be
     tolerance: relative, for rounding
+    sixteen_bits: whether the model's own logits have no more
     """
 
     logits: Float[Tensor, "n V"]
@@ -58,10 +59,39 @@ class Question:
     moved: dict[str, Float[Tensor, "n V_t"]]
     sizes: dict[str, int]
     tolerance: float
+    sixteen_bits: bool = False
+
+    @property
+    def least(self) -> float:
+        """A gradient counts as no smaller: beside it p_s - p_t is rounding."""
+        return thresholds.least(self.logits) * float(self.weights.norm())
 
     @property
     def dense(self) -> bool:
         return isinstance(self.targets, torch.Tensor)
+
+
+def computable(q: Question) -> Question:
+    """Without the tokens of which a probability underflows in float64.
+
+    A logit of -inf is a column that was ruled out, and stays.
+    """
+    keep = torch.ones(len(q.ids), dtype=torch.bool)
+    for logits in (q.logits, q.targets) if q.dense else (q.logits,):
+        for t in (1.0, q.objective.temperature):
+            low = (logits.double() / t).log_softmax(-1) < LEAST_LOG
+            keep &= ~(low & logits.isfinite()).any(-1)
+    few = keep.nonzero()[:, 0]
+    return replace(
+        q,
+        logits=q.logits[few],
+        gradient=q.gradient[few],
+        targets=None if q.targets is None else q.targets[few],
+        ids=q.ids[few],
+        weights=q.weights[few],
+        others={name: w[few] for name, w in q.others.items()},
+        moved={words: x[few] for words, x in q.moved.items()},
+    )
 
 
 def known(q: Question, **wrong) -> Float[Tensor, "n V"]:
@@ -109,9 +139,8 @@ def _divergence(z, targets, objective, wrong):
 
 def gap(q: Question, expected, factor: float = 1.0) -> float:
     """|gradient - factor expected|, relative."""
-    least = LEAST * float(q.weights.norm())
     off = float((q.gradient - factor * expected).norm())
-    return off / (abs(factor) * max(float(expected.norm()), least) + TINY)
+    return off / (abs(factor) * max(float(expected.norm()), q.least) + TINY)
 
 
 def multiple(q: Question, expected) -> tuple[float, float]:

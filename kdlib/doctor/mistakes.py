@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from kdlib.doctor.closed_form import LEAST, TINY, Question, known, multiple
+from kdlib.doctor.closed_form import TINY, Question, known, multiple
+from kdlib.doctor.thresholds import LEARNT
 from kdlib.loss_under_test import FORMULAS
 
 
@@ -14,13 +15,12 @@ def mistakes(q: Question, expected) -> Iterator[tuple[str, str, float, float]]:
     """(name, words, factor, gap) of every mistake that is one here."""
     for name, words, wrong in candidates(q):
         mistaken = known(q, **wrong)
-        norm = float((mistaken * mistaken).sum())
-        if not norm > 0:
-            continue
-        scale = float((expected * mistaken).sum()) / norm
-        least = LEAST * float(q.weights.norm())
+        norm = float(mistaken.norm())
+        if not norm > LEARNT * float(q.weights.norm()):
+            continue  # next to nothing, which times a large factor would fit anything
+        scale = float((expected * mistaken).sum()) / norm**2
         apart = float((expected - scale * mistaken).norm())
-        if apart <= q.tolerance * max(float(expected.norm()), least):
+        if apart <= q.tolerance * max(float(expected.norm()), q.least):
             continue  # the same as what is right, on this batch
         yield name, words, *multiple(q, mistaken)
 
@@ -29,13 +29,6 @@ def candidates(q: Question) -> Iterator[tuple[str, str, dict]]:
     objective, t = q.objective, q.objective.temperature
     for name, weights in q.others.items():
         yield name, name.replace("_", " "), {"weights": weights}
-    if 0 < objective.hard_weight < 1:
-        swapped = {"hard_weight": 1 - objective.hard_weight}
-        yield "hard_weight_swapped", "the two weights swapped", swapped
-        for name, scale in (("t2_missing", 1.0), ("t_for_t2", t), ("t2_squared", t**4)):
-            yield name, f"a soft term times {scale:g}", {"soft_scale": scale}
-        yield "t2_on_hard_labels", "T^2 on both terms", {"hard_scale": t**2}
-        yield "hard_weight_ignored", "the soft term alone", {"hard_weight": 0.0}
     if objective.hard_weight > 0:
         yield "hard_labels_softened", "hard labels at T", {"t_hard": t}
     if not q.dense or objective.hard_weight == 1:
@@ -52,13 +45,24 @@ def candidates(q: Question) -> Iterator[tuple[str, str, dict]]:
         "a student that is softened alone": {"t_teacher": 1.0},
     }.items():
         yield "temperature_on_one_side", words, wrong
-    ignored = {"t_student": 1.0, "t_teacher": 1.0}
-    yield "temperature_ignored", "both at temperature 1", ignored
+    for name, words, both in (
+        ("temperature_ignored", "both at temperature 1", (1.0, 1.0)),
+        ("temperature_inverted", "logits times T", (1 / t, 1 / t)),
+        ("temperature_twice", "both divided by T twice", (t**2, t**2)),
+        ("temperature_twice", "the teacher divided by T twice", (t, t**2)),
+        ("temperature_twice", "the student divided by T twice", (t**2, t)),
+    ):
+        yield name, words, dict(zip(("t_student", "t_teacher"), both, strict=True))
     for name, words, formula in (
         (
             "probabilities_for_logs",
             "-sum p_t p_s",
             lambda p, q: -(p * q).sum(-1),
+        ),
+        (
+            "another_divergence",
+            "the squared difference of probabilities",
+            lambda p, q: ((p - q) ** 2).sum(-1),
         ),
         (
             "clamped_log_probs",
@@ -151,3 +155,15 @@ def top_k(q: Question) -> tuple[str, str] | None:
     if float((g - factor * expected).norm() / g.norm()) > q.tolerance:
         return None
     return "top_k_tail_cut", f"as from {k} tokens with {float(mass.mean()):.3f} of p_t"
+
+
+def squared_logits(q: Question) -> tuple[str, str] | None:
+    """Every row a multiple of z_s - z_t, as from the squared difference of logits."""
+    if not q.dense:
+        return None
+    vocab = min(q.logits.shape[-1], q.targets.shape[-1])
+    g, apart = q.gradient[:, :vocab], q.logits[:, :vocab] - q.targets[:, :vocab]
+    factor = float((g * apart).sum() / (apart * apart).sum().clamp_min(TINY))
+    if not factor or float((g - factor * apart).norm() / g.norm()) > q.tolerance:
+        return None
+    return "another_divergence", "it is that of the squared difference of logits"

@@ -57,6 +57,18 @@ def examine_positions(
     return findings
 
 
+def examine_attention(read: Reading, side: str) -> list[Finding]:
+    """What the attention mask hid and should not have, and the other way round."""
+    findings = []
+    if read.hidden:
+        evidence = f"{read.hidden} tokens of the {side}'s input are masked out"
+        findings.append(found("attention_hides_tokens", evidence))
+    if read.unhidden:
+        evidence = f"{read.unhidden} tokens of padding stand open before {side}'s rows"
+        findings.append(found("attention_sees_padding", evidence))
+    return findings
+
+
 def predicting_prompt(view: View) -> Bool[Tensor, "B T"]:
     prompt = predicting(view)
     prompt[:, :-1] = view.attention_mask[:, 1:] & ~view.completion_mask[:, 1:]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kdlib import checkpoints
+from kdlib.doctor.thresholds import STEPS
 from kdlib.errors import ArgumentError, DataError
 from kdlib.objective import Objective
 from kdlib.settings import TrainConfig
@@ -66,47 +69,115 @@ class Record:
         return [statistics.fmean(part) for part in parts]
 
     @property
+    def of_one_writer(self) -> Record:
+        """The lines whose responses one side wrote, the one that wrote most: data,
+        student and teacher have losses and speeds of their own (on_policy.py)."""
+        writers = [
+            (line.get("student_written"), line.get("teacher_written"))
+            for line in self.lines
+        ]
+        most = statistics.mode(writers)
+        pairs = zip(self.lines, writers, strict=True)
+        return replace(self, lines=[line for line, writer in pairs if writer == most])
+
+    @property
+    def unseen(self) -> list[str]:
+        """What this record is too short, or too poor, to show."""
+        unseen = []
+        if len(self.lines) < STEPS:
+            unseen.append(f"trends ({len(self.lines)} steps of at least {STEPS})")
+        if self.objective is None:
+            unseen.append("scale (no settings beside the metrics)")
+        if not self.values("kl"):
+            unseen.append("student against teacher (no step was measured)")
+        return unseen
+
+    @property
     def learnt_on(self) -> str:
         """The number that tells best what was learnt: kl, or the loss without it."""
         return "kl" if len(self.values("kl")) > 1 else "loss"
 
 
+def as_row(values: list[float]) -> str:
+    return " ".join(f"{x:.3g}" for x in values)
+
+
 def _lines(path: Path) -> list[dict]:
-    if not path.is_file():
+    text = _text(path)
+    if text is None:
         raise DataError(
             f"{path} does not exist",
             "name the folder of a run: kdlib.train writes metrics.jsonl into it",
         )
-    lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            line = json.loads(text)
-            line["step"], line["loss"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}, line {number} is no line of metrics: {error}",
-                "remove the line; one that was cut off by a kill is the last",
-            ) from error
-        lines.append(line)
+    *whole, last = text.split("\n")
+    numbered = [(i, line) for i, line in enumerate(whole, 1) if line.strip()]
+    lines = [_numbers(path, number, line) for number, line in numbered]
+    if last:
+        # Cut off by a kill, or being written at this moment: all others are good.
+        with suppress(DataError):
+            lines.append(_numbers(path, len(whole) + 1, last))
     if not lines:
-        raise DataError(f"{path} is empty", "let the run make a step")
+        raise DataError(f"{path} holds no whole line", "let the run make a step")
     return lines
 
 
-def _json(path: Path) -> dict:
-    if not path.is_file():
-        return {}
+def _numbers(path: Path, number: int, text: str) -> dict:
+    """A line of metrics. NaN and infinity, which other writers have, become None."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        line = json.loads(text)
+        if not isinstance(line, dict):
+            raise ValueError(f"{text.strip()[:20]} has no names")
+        line["step"], line["loss"]
+        wrong = [n for n, x in line.items() if not isinstance(x, int | float | None)]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is {line[wrong[0]]!r}")
+    except (ValueError, KeyError) as error:
+        raise DataError(
+            f"{path}, line {number} is no line of metrics: {error}",
+            "take it out of a copy of the folder and examine that; a line has step, "
+            "loss and other numbers, as JSON",
+        ) from error
+    return {n: x if x is None or math.isfinite(x) else None for n, x in line.items()}
+
+
+def _text(path: Path) -> str | None:
+    """None where there is no such file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error}",
+            "have its owner let you read it, or examine a copy of the folder",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} cannot be read as text: {error}",
+            "get it again from where the run was made",
+        ) from error
+
+
+def _json(path: Path) -> dict:
+    text = _text(path)
+    try:
+        return {} if text is None else dict(json.loads(text))
     except (ValueError, TypeError) as error:
-        raise DataError(f"{path} cannot be read: {error}", "remove it") from error
+        raise DataError(
+            f"{path} is no JSON object: {error}",
+            "get it again from where the run was made, or move it away: without it the "
+            "settings are taken from the newest checkpoint",
+        ) from error
 
 
 def _settings(folder: Path, result: dict):
     """From result.json, or else from the newest checkpoint, if there is either."""
     tables = result.get("settings")
     if tables is None:
-        newest = checkpoints.newest_good(folder / "checkpoints")
+        newest = None
+        # Warns of every one that is damaged; the numbers can be read all the same.
+        with suppress(DataError, OSError):
+            newest = checkpoints.newest_good(folder / "checkpoints")
         if newest is None:
             return None, None
         tables = {"train": newest.facts["config"], **newest.facts}
@@ -116,5 +187,6 @@ def _settings(folder: Path, result: dict):
     except (ArgumentError, KeyError, TypeError) as error:
         raise DataError(
             f"the settings of the run {folder} are not kdlib's: {error}",
-            "read it with the version that made it",
+            "read it with the version that made it, or copy metrics.jsonl alone into a "
+            "folder and examine that: nothing is compared with settings then",
         ) from error

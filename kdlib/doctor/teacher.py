@@ -8,6 +8,7 @@ import torch
 
 from kdlib.doctor import thresholds
 from kdlib.doctor.finding import Finding, found
+from kdlib.doctor.positions import examine_attention
 from kdlib.doctor.watch import Seen, logits_of, model_of, reading
 from kdlib.pairs import PairCollator, PairedBatch, View
 from kdlib.sparse import SparseTargets
@@ -31,14 +32,14 @@ class Answer(NamedTuple):
 
 
 def examine_teacher(
-    teacher, batch: PairedBatch, seen: Seen
+    teacher, student, batch: PairedBatch, seen: Seen
 ) -> tuple[list[Finding], Answer]:
     """How the teacher was asked."""
     module, view = model_of(teacher), batch.teacher
     if module is None:
         targets = seen.targets[0] if seen.targets else teacher.targets(batch)
         return [], Answer(targets, None, view)
-    findings = []
+    findings = _shared(module, student)
     read = reading(view, seen.teacher)
     if read is None and seen.teacher:
         read = reading(batch.student, seen.teacher)
@@ -52,15 +53,24 @@ def examine_teacher(
         evidence = f"it read the student's rows: {lost} tokens fewer than its own view"
         findings.append(found("teacher_reads_simplified_input", evidence))
         view = batch.student
-    if read is not None and read.hidden:
-        evidence = f"{read.hidden} tokens of the teacher's input are masked out"
-        findings.append(found("attention_hides_tokens", evidence))
+    if read is not None:
+        findings += examine_attention(read, "teacher")
     findings += _mode(module, seen)
     if seen.teacher_gradient > 0:
         evidence = f"a gradient of norm {seen.teacher_gradient:.3g} reaches its logits"
         findings.append(found("teacher_gets_gradient", evidence))
     full = _ask(module, view) if read is None else read.logits
     return findings, Answer(_answer(view.select(full), seen.targets), full, view)
+
+
+def _shared(module, student) -> list[Finding]:
+    """Weights that the optimiser moves under the teacher. Frozen ones may be shared."""
+    trained = {id(p) for p in student.parameters() if p.requires_grad}
+    shared = [p for p in module.parameters() if id(p) in trained]
+    if not shared:
+        return []
+    evidence = f"{sum(p.numel() for p in shared):,} trained weights are the teacher's"
+    return [found("teacher_shares_weights", evidence)]
 
 
 def _answer(logits, targets: list):
@@ -134,9 +144,10 @@ def examine_answer(
     """What the teacher said, by itself and beside the student's logits."""
     if answer.targets is None:
         return []
+    alien = _neighbours(answer, batch) if answer.full is None else []
     if isinstance(answer.targets, SparseTargets):
-        return _sparse(answer.targets, student_logits)
-    findings = []
+        return alien + _sparse(answer.targets, student_logits)
+    findings = alien
     log_pt = answer.targets.float().log_softmax(-1)
     tokens = None if collator is None else len(collator.tokenizer)
     if tokens is not None and tokens < log_pt.shape[-1]:
@@ -147,7 +158,48 @@ def examine_answer(
                 f"tokens hold {mass:.3g} of the teacher's probability"
             )
             findings.append(found("padded_columns_have_mass", evidence))
-    return findings + _start(log_pt, batch)
+    return findings if alien else findings + _start(log_pt, batch)
+
+
+def _neighbours(answer: Answer, batch: PairedBatch) -> list[Finding]:
+    """Targets that came from a file or a server: are they of these positions?
+
+    They are not where they expect the token before, or after, more than their own: by
+    more nats on average than its standard error, and chance, explain.
+    """
+    ids, rows = batch.response_ids.cpu(), batch.row_ids.cpu()
+    targets = answer.targets.to("cpu")
+
+    def surprise(at, tokens):
+        if isinstance(targets, SparseTargets):
+            log_p = targets.log_probs[at].float()
+            log_p = log_p.masked_fill(
+                targets.indices[at] != tokens[:, None], -torch.inf
+            )
+            log_p = log_p.logsumexp(-1)
+        else:
+            inside = tokens.clamp_max(targets.shape[-1] - 1)
+            log_p = (
+                targets[at].float().log_softmax(-1).gather(-1, inside[:, None])[:, 0]
+            )
+        return -log_p.clamp_min(-thresholds.RULED_OUT)
+
+    for by, words in ((-1, "before"), (1, "after")):
+        at = torch.arange(len(ids))
+        other = (at + by).clamp(0, len(ids) - 1)
+        at = at[(rows == rows[other]) & (other != at)]
+        if len(at) < 2:
+            continue
+        gain = surprise(at, ids[at]) - surprise(at, ids[at + by])
+        error = float(gain.std()) / len(gain) ** 0.5
+        if float(gain.mean()) > thresholds.NEARER_BY + 4 * error:
+            evidence = (
+                f"the targets expect the token {words} their own more than it, by "
+                f"{float(gain.mean()):.1f} nats over {len(at)} tokens (standard error "
+                f"{error:.1f})"
+            )
+            return [found("teacher_shifted", evidence)]
+    return []
 
 
 def _start(log_pt, batch: PairedBatch) -> list[Finding]:
@@ -159,7 +211,7 @@ def _start(log_pt, batch: PairedBatch) -> list[Finding]:
         return []
     surprise = -log_pt.gather(-1, ids[:, None].to(log_pt.device))[:, 0]
     at_first, later = (float(surprise[x].median()) for x in (first, ~first))
-    if at_first - later <= thresholds.SURPRISE:
+    if at_first - later <= thresholds.SURPRISE or later > thresholds.SURPRISE:
         return []
     evidence = (
         f"-log p_t of the response's first token has the median {at_first:.1f} nats, "

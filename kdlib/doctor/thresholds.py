@@ -1,20 +1,28 @@
 """Where the doctor draws a line, and why there.
 
-Ten healthy runs and a dozen healthy batches of different kinds lie on the right side of
-every line (tests/test_doctor.py); the faults injected there lie beyond.
+Healthy runs and batches of many kinds lie on the right side of every line
+(tests/test_doctor.py); the faults injected there lie beyond.
 """
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # --- A batch ---
 
 # How far a right gradient may be from the closed form. Right float32 losses are off by
-# rounding, 1e-6 or so, and the smallest fault of the tests by 2e-3. 16-bit logits carry
-# 8 or 11 bits of mantissa, and so does the gradient that comes back to them.
-TOLERANCE = {torch.float64: 2e-4, torch.float32: 2e-4}
-TOLERANCE_16_BIT = 3e-2
+# rounding, 1e-6 or so, and the smallest fault of the tests by 2e-3. A logit z itself is
+# rounded by up to z 2^-24, and a few such errors add up: of a student with logits in
+# the thousands that is seen. 16-bit logits carry 8 or 11 bits of mantissa, and so does
+# the gradient that comes back to them.
+TOLERANCE, ROUNDING, TOLERANCE_16_BIT = 2e-4, 8 * 2.0**-24, 3e-2
+# Where the student has learnt all, p_s - p_t is rounding: a gradient counts as no
+# smaller than this share of the tokens' weights, or than what the rounding of its
+# logits makes of it.
+LEAST = 2e-3
 # |p_s - p_t| whose gradient nobody misses: rounding of float32 logits makes 1e-6.
 LEARNT = 1e-5
 # Another teacher answer must move the gradient. One that is used moves it by about as
@@ -25,8 +33,14 @@ USED = 1e-6
 NOISE = 1e-3
 # Nats by which the first response token may surprise a teacher more than the rest does.
 # A teacher that sees a question, or nothing, is off by 1 to 4; one that stands at
-# another place of its template than before an answer gives it less than e^-6 of that.
+# another place of its template than before an answer gives it less than e^-6 of that,
+# and expects the rest all the same. The rest's surprise has the same limit: of a text
+# that the teacher does not expect at all, a student's first attempts, nothing follows.
 SURPRISE = 6.0
+# Targets are of another position where they expect the token beside their own more than
+# it, by this on average and four standard errors; a token that they rule out counts as
+# so many nats. Text of equal tokens, or of tokens by chance, is at 0.
+NEARER_BY, RULED_OUT = 1.0, 20.0
 # The share of a teacher's probability that may lie where the tokenizer has no token.
 DEAD_MASS = 1e-3
 # The share that sparse targets must name. Below it a tenth of the distribution is one
@@ -37,6 +51,9 @@ CUT_MASS = 0.98
 # Renormalised, a student that has half of the teacher's mass elsewhere looks as if it
 # were right.
 SUPPORT_SHARE = 0.5
+
+# A student's share of probability is a float32, and no smaller.
+TINY = 1e-7
 
 # --- A run ----------------------------------------------------------------------------
 
@@ -73,6 +90,13 @@ FALL = 0.98
 # A loss that has fallen by this share; the KL should then have fallen by this share of
 # that share. In healthy runs it is 0.7 at least, whatever the divergence.
 FELL, NEARER = 0.2, 0.25
+# A student that left the tail has this share of its teacher's. Forward KL with a bucket
+# keeps it; hard labels, and divergences that seek a mode, may leave it.
+LEFT = 0.5
+# The end of responses is behind their beginning where its KL has fallen by this share
+# of that one's fall, and is so many times that one. In healthy runs it falls as much,
+# and is the smaller one.
+BEHIND, LATE = 0.5, 1.5
 # An agreement that has closed this share of its gap to 1 is no longer stuck.
 GAINED = 0.1
 # Below this norm, AdamW's epsilon of 1e-8 is no longer small beside the square root of
@@ -81,8 +105,10 @@ ALIVE = 1e-6
 # A gradient is far beyond its limit at so many times max_grad_norm. Clipping a few
 # times over is common in healthy runs, at the start above all.
 FAR = 10.0
-# A spike, against the median of the 20 steps before. Healthy runs reach 20.
-SPIKE = 100.0
+# A spike, against the median of the 20 steps before. Healthy runs reach 20. A norm
+# below the second number is that of a student that has learnt all, or of a flat loss:
+# beside it any batch would be a spike.
+SPIKE, QUIET = 100.0, 0.1
 # Entropies: a student is too flat at so many nats above its teacher if it also got
 # flatter by so many on the way; healthy ones begin flat and get surer. It is too sure
 # below the third number; healthy ones end above 0.
@@ -97,3 +123,13 @@ SLOW = 0.2
 # Peak memory from the middle of the run to its end. It rises a little while longer rows
 # come, and then not in every tenth.
 GROWN = 1.5
+
+
+def tolerance(logits: Tensor) -> float:
+    if logits.dtype.itemsize < 4:
+        return TOLERANCE_16_BIT
+    return TOLERANCE + ROUNDING * float(logits.abs().max())
+
+
+def least(logits: Tensor) -> float:
+    return max(LEAST, 2.0**-24 * float(logits.abs().max()) / TOLERANCE)

@@ -195,6 +195,7 @@ class Reading(NamedTuple):
     outside:   the norm of the gradient at padding
     call:      [B] the forward pass that read each row
     hidden:    tokens that the attention mask hid although later ones are predicted
+    unhidden:  tokens of padding before a row that it did not hide
     """
 
     logits: Float[Tensor, "B T V"]
@@ -202,6 +203,7 @@ class Reading(NamedTuple):
     outside: float
     call: list[int]
     hidden: int
+    unhidden: int = 0
 
 
 def reading(view: View, calls: list[Call], gradients=None) -> Reading | None:
@@ -227,7 +229,8 @@ def reading(view: View, calls: list[Call], gradients=None) -> Reading | None:
         return None
     shape = *view.input_ids.shape, calls[0].logits.shape[-1]
     logits = calls[0].logits.new_zeros(shape)
-    gradient, used, hidden = torch.zeros_like(logits), 0.0, 0
+    gradient, used = torch.zeros_like(logits), 0.0
+    hidden = unhidden = 0
     for row, (number, line, at) in places.items():
         real = view.attention_mask[row]
         logits[row, real] = calls[number].logits[line, at].detach()
@@ -236,13 +239,15 @@ def reading(view: View, calls: list[Call], gradients=None) -> Reading | None:
             gradient[row, real] = part
             used += float(part.double().square().sum())
         mask = calls[number].mask
-        if mask is not None and mask.shape == calls[number].ids.shape:
+        if mask is None:
+            unhidden += at.start
+        elif mask.shape == calls[number].ids.shape:
             hidden += int((mask[line, at][:-1] == 0).sum())
+            unhidden += int((mask[line, : at.start] != 0).sum())
     whole = sum(float(g.double().square().sum()) for g in gradients or [])
     outside = max(0.0, whole - used) ** 0.5 if whole - used > 1e-12 * whole else 0.0
-    return Reading(
-        logits, gradient, outside, [places[r][0] for r in range(len(rows))], hidden
-    )
+    call = [places[row][0] for row in range(len(rows))]
+    return Reading(logits, gradient, outside, call, hidden, unhidden)
 
 
 def _place(wanted: list[int], ids: list[int]) -> slice | None:

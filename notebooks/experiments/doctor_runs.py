@@ -1,4 +1,4 @@
-"""Training runs for the doctor: ten healthy ones, and broken ones with their cause.
+"""Training runs for the doctor: healthy ones, and broken ones with their cause.
 
 Each is a real run of kdlib.train with the shipped teacher, a hundred steps or so, in a
 folder of its own. A broken one has one thing wrong, in its settings or in a part that
@@ -179,6 +179,24 @@ def _(b, folder):
     b.train(folder, student=student, learning_rate=3e-4, steps=60)
 
 
+@healthy("total variation, flat where the student starts")
+def _(b, folder):
+    b.train(folder, Objective("tvd"), data="both")
+
+
+@healthy("half on-policy, thirty steps")
+def _(b, folder):
+    student = copy.deepcopy(b.teacher)
+    on_policy = {"lmbda": 0.5, "max_new_tokens": 32}
+    b.train(folder, student=student, steps=30, learning_rate=1e-4, **on_policy)
+
+
+@healthy("a student that is its teacher already")
+def _(b, folder):
+    student = copy.deepcopy(b.teacher)
+    b.train(folder, student=student, data="both", learning_rate=1e-4, steps=40)
+
+
 # --- Broken: the optimiser ------------------------------------------------------------
 
 
@@ -274,6 +292,45 @@ def _(b, folder):
 )
 def _(b, folder):
     scaled(b, folder, lambda logits: 1 / 6, True)
+
+
+@broken("wrong_sign", name="the sign")
+def _(b, folder):
+    scaled(b, folder, lambda logits: -1.0, True)
+
+
+@broken("wrong_sign", name="the sign of the total alone, T = 3")
+def _(b, folder):
+    scaled(b, folder, lambda logits: -1.0, temperature=3.0)
+
+
+class Beginnings(Objective):
+    """The first five tokens of each response alone."""
+
+    def __call__(self, student_logits, targets, response_ids, *, row_ids, num_items):
+        place = torch.arange(len(row_ids)) - torch.searchsorted(row_ids, row_ids)
+        few = place < 5
+        return super().__call__(
+            student_logits[few], targets[few], response_ids[few], row_ids=row_ids[few]
+        )
+
+
+@broken("late_positions_stuck", name="a length limit in the loss")
+def _(b, folder):
+    b.train(folder, Beginnings(), data="both")
+
+
+@broken("top_k_renormalised", name="both sides renormalised on the top k")
+def _(b, folder):
+    teacher = b.cached(folder, k=16, tail="renormalize")
+    b.train(folder, teacher=teacher)
+
+
+@broken("top_k_tail_cut", name="forward KL cut off after the top k")
+def _(b, folder):
+    objective = Objective(temperature=2.0)
+    teacher = b.cached(folder, k=32, tail="zero", temperature=2.0)
+    b.train(folder, objective, student=copy.deepcopy(b.teacher), teacher=teacher)
 
 
 def mistaken(change) -> Objective:

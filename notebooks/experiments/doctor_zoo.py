@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from kdlib import localize, models
 from kdlib.objective import Objective
 from kdlib.pairs import EncodedPair, PairCollator, PairedBatch, View
-from kdlib.sparse import SparseTargets, top_k_targets
+from kdlib.sparse import SparseTargets, sampled_targets, top_k_targets
 from kdlib.teachers import LiveTeacher
 
 
@@ -429,7 +429,64 @@ def _(b):
     return b.loop(ask=ask)
 
 
+def moved_left(model, batch, mask: bool):
+    """The student's rows padded on the left, and its logits moved back."""
+    view = batch.student
+    gaps = [int(n) for n in (~view.attention_mask).sum(1)]
+
+    def moved(rows, sign):
+        pairs = zip(rows, gaps, strict=True)
+        return torch.stack([x.roll(sign * gap, 0) for x, gap in pairs])
+
+    ids, real = moved(view.input_ids, 1), moved(view.attention_mask, 1).long()
+    places = (real.cumsum(1) - 1).clamp_min(0)
+    given = real if mask else None
+    logits = model(input_ids=ids, attention_mask=given, position_ids=places).logits
+    return moved(logits, -1)
+
+
+@fault("attention_sees_padding", name="padding on the left, no attention mask")
+def _(b):
+    return b.loop(read=lambda model, batch: moved_left(model, batch, mask=False))
+
+
 # --- The teacher ----------------------------------------------------------------------
+
+
+class Within(torch.nn.Module):
+    """A model whose last part is another's."""
+
+    def __init__(self, model, head):
+        super().__init__()
+        self.model, self.head = model, head
+
+    def forward(self, input_ids, attention_mask=None, **_):
+        hidden = self.model.model(input_ids, attention_mask).last_hidden_state
+        return SimpleNamespace(logits=self.head(hidden))
+
+
+@fault("teacher_shares_weights", name="teacher and student under one head")
+def _(b):
+    other = models.build(b.tokenizer, hidden_size=32, layers=1, heads=2, seed=1)
+    return b.loop(teacher=Within(other, b.student.lm_head))
+
+
+def from_disk(b, by):
+    """Logits that were stored, as many positions late."""
+    logits = LiveTeacher(b.teacher).targets(b.batch).roll(by, 0)
+    return SimpleNamespace(targets=lambda batch: logits)
+
+
+@fault("teacher_shifted", name="stored logits one position late")
+def _(b):
+    return b.whole(teacher=from_disk(b, 1))
+
+
+@fault("teacher_shifted", name="stored top k one position early")
+def _(b):
+    logits = LiveTeacher(b.teacher).targets(b.batch).roll(-1, 0)
+    targets = top_k_targets(logits, 16)
+    return b.whole(teacher=SimpleNamespace(targets=lambda batch: targets))
 
 
 @fault("teacher_in_train_mode", name="teacher in train mode")
@@ -857,6 +914,46 @@ def _(b):
     )
 
 
+@fault("terms_scaled", name="1 - hard_weight applied twice")
+def _(b):
+    return b.loop(MIXED, weights=lambda w: ((1 - w) ** 2, w))
+
+
+@fault("terms_scaled", name="a sum of soft terms beside a mean of hard ones")
+def _(b):
+    return b.loop(MIXED, soft=lambda s, t: len(s) * forward(s, t))
+
+
+@fault("tokens_weighted", name="tokens weighted by the teacher's confidence")
+def _(b):
+    return b.loop(soft=lambda s, t: forward(s, t) * t.softmax(-1).amax(-1))
+
+
+@fault("temperature_inverted", name="logits times T")
+def _(b):
+    return b.loop(temperatures=lambda t: (1 / t, 1 / t))
+
+
+@fault("temperature_twice", name="the teacher's logits come divided already")
+def _(b):
+    return b.loop(temperatures=lambda t: (t, t**2))
+
+
+@fault("temperature_twice", name="both come divided already")
+def _(b):
+    return b.loop(temperatures=lambda t: (t**2, t**2))
+
+
+@fault("another_divergence", name="the squared difference of logits")
+def _(b):
+    return b.loop(soft=lambda s, t: ((s - t) ** 2).mean(-1))
+
+
+@fault("another_divergence", name="the squared difference of probabilities")
+def _(b):
+    return b.loop(soft=lambda s, t: (s.softmax(-1) - t.softmax(-1)).square().sum(-1))
+
+
 @fault("direction_swapped", name="arguments swapped", seen="paiml/aprender#2153")
 def _(b):
     return b.loop(soft=lambda s, t: forward(t, s))
@@ -986,6 +1083,29 @@ def _(b):
     return b.loop(soft=lambda s, t: forward(s.bfloat16(), t.bfloat16()).float())
 
 
+@fault("low_precision", name="log_softmax in float16")
+def _(b):
+    return b.loop(soft=lambda s, t: forward(s.half(), t.half()).float())
+
+
+@fault("unexplained_gradient", name="labels smoothed by 2 %")
+def _(b):
+    def soft(s, t):
+        p = 0.98 * t.softmax(-1) + 0.02 / t.shape[-1]
+        return -(p * s.log_softmax(-1)).sum(-1)
+
+    return b.loop(soft=soft)
+
+
+@fault("unexplained_gradient", name="an entropy bonus for the student")
+def _(b):
+    def soft(s, t):
+        log_ps = s.log_softmax(-1)
+        return forward(s, t) + 0.1 * (log_ps.exp() * log_ps).sum(-1)
+
+    return b.loop(soft=soft)
+
+
 @fault("unexplained_gradient", name="a teacher that is smoothed")
 def _(b):
     def soft(s, t):
@@ -1081,21 +1201,7 @@ def _(b):
 
 @healthy("padding on the left")
 def _(b):
-    def left(model, batch):
-        """Rows moved to the right for the student, and its logits moved back."""
-        view = batch.student
-        gaps = [int(n) for n in (~view.attention_mask).sum(1)]
-
-        def moved(rows, sign):
-            pairs = zip(rows, gaps, strict=True)
-            return torch.stack([x.roll(sign * gap, 0) for x, gap in pairs])
-
-        ids, mask = moved(view.input_ids, 1), moved(view.attention_mask, 1).long()
-        places = (mask.cumsum(1) - 1).clamp_min(0)
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=places).logits
-        return moved(logits, -1)
-
-    return b.loop(read=left)
+    return b.loop(read=lambda model, batch: moved_left(model, batch, mask=True))
 
 
 @healthy("the score function for reverse KL")
@@ -1129,3 +1235,114 @@ class Asked:
     @torch.no_grad()
     def targets(self, batch):
         return batch.teacher.select(call(self.model, batch.teacher))[:, :1024]
+
+
+def sharper(b, factor):
+    student = copy.deepcopy(b.student)
+    with torch.no_grad():
+        student.lm_head.weight.mul_(factor)
+    return student
+
+
+@healthy("a student of logits in the hundreds")
+def _(b):
+    return b.whole(student=sharper(b, 20.0))
+
+
+@healthy("a student of logits in the thousands, JSD")
+def _(b):
+    return b.whole(student=sharper(b, 200.0), objective=Objective("generalized_jsd"))
+
+
+@healthy("a sharp student, reverse KL at T = 4")
+def _(b):
+    objective = Objective("reverse_kl", temperature=4.0)
+    return b.whole(student=sharper(b, 20.0), objective=objective)
+
+
+@healthy("total variation, T = 4, sequence mean")
+def _(b):
+    objective = Objective("tvd", temperature=4.0, reduction="sequence_mean")
+    return b.whole(objective=objective)
+
+
+@healthy("skew reverse KL beside hard labels, without T^2")
+def _(b):
+    objective = Objective(
+        "skew_reverse_kl", temperature=4.0, hard_weight=0.4, scale_by_t2=False
+    )
+    return b.whole(objective=objective, batch=b.plain)
+
+
+@healthy("responses of one token")
+def _(b):
+    pairs = [replace(p, response_ids=p.response_ids[-1:]) for p in b.pairs]
+    return b.whole(batch=b.collator.collate(pairs))
+
+
+@healthy("a batch of one")
+def _(b):
+    return b.whole(batch=b.collator(b.examples[:1]), examples=b.examples)
+
+
+@healthy("the same row four times")
+def _(b):
+    examples = b.examples[:1] * 4
+    return b.whole(batch=b.collator(examples), examples=examples)
+
+
+@healthy("every second context empty")
+def _(b):
+    examples = [
+        replace(e, context=e.context * (i % 2)) for i, e in enumerate(b.examples)
+    ]
+    return b.whole(batch=b.collator(examples), examples=examples)
+
+
+@healthy("stored logits, where they belong")
+def _(b):
+    return b.whole(teacher=from_disk(b, 0))
+
+
+@healthy("sampled sparse targets")
+def _(b):
+    generator = torch.Generator().manual_seed(0)
+    logits = LiveTeacher(b.teacher).targets(b.batch)
+    targets = sampled_targets(logits, 16, generator=generator)
+    return b.whole(teacher=SimpleNamespace(targets=lambda batch: targets))
+
+
+@healthy("a teacher in bfloat16")
+def _(b):
+    return b.whole(teacher=LiveTeacher(copy.deepcopy(b.teacher).bfloat16()))
+
+
+@healthy("frozen weights that both share")
+def _(b):
+    """As in LoRA with one base: what is shared is not trained."""
+    teacher = models.build(b.tokenizer, hidden_size=32, layers=1, heads=2, seed=1)
+    teacher.requires_grad_(False)
+    torch.manual_seed(0)
+    head = torch.nn.Linear(32, 1024, bias=False)
+    return b.loop(teacher=teacher, student=Within(teacher, head))
+
+
+@healthy("first attempts: tokens by chance")
+def _(b):
+    generator = torch.Generator().manual_seed(0)
+
+    def chance():
+        drawn = torch.randint(9, 1024, (11,), generator=generator).tolist()
+        return [*drawn, b.tokenizer.eos_token_id]
+
+    pairs = [replace(pair, response_ids=chance()) for pair in b.pairs]
+    batch = b.collator.collate(pairs)
+    return b.whole(batch=batch, objective=Objective("reverse_kl"))
+
+
+@healthy("dropout in the student")
+def _(b):
+    student = copy.deepcopy(b.student)
+    for layer in student.model.layers:
+        layer.self_attn.attention_dropout = 0.3
+    return b.whole(student=student.train())
