@@ -30,6 +30,7 @@ from kdlib.doctor import run as runs
 from kdlib.doctor.finding import found
 from kdlib.doctor.positions import examine_positions
 from kdlib.doctor.record import Record
+from kdlib.doctor.views import examine_views
 from kdlib.doctor.watch import Call, Reading, predicting, reading
 from kdlib.errors import ArgumentError, DataError
 from kdlib.metrics import fidelity as measured
@@ -202,6 +203,19 @@ def test_what_is_learnt_to_the_last_bit_needs_no_gradient(bench):
     count = int((batch.row_ids == 3).sum())
     assert finding.name == "tokens_without_gradient"
     assert finding.evidence.startswith(f"{count} of {len(batch.response_ids)} ")
+
+
+def test_rows_of_one_length_are_compared_token_by_token():
+    def side(*rows):
+        ids = torch.tensor(rows)
+        return {"input_ids": ids, "labels": ids.where(torch.arange(4) > 1, -100)}
+
+    one, other = [5, 6, 7, 8], [5, 6, 9, 8]
+    assert examine_views(from_labels(side(one, other), side(one, other))) == []
+    (finding,) = examine_views(from_labels(side(one, other), side(other, one)))
+    assert finding.name == "misaligned_responses"
+    assert finding.evidence.startswith("2 of 2 rows differ, 4 tokens in all")
+    assert finding.evidence.endswith("row 0, position 0: teacher's 9, student's 7")
 
 
 def test_rows_are_found_in_any_order_and_padding():
@@ -432,7 +446,7 @@ def test_late_positions_that_are_behind():
 
 def test_what_writers_unlike_each_other_give_is_no_trend():
     """A run that is half on-policy, and ends with the student's own texts."""
-    lines = record(100, loss=falling, kl=falling).lines
+    lines = record(100, loss=falling, kl=falling, learning_rate=1.0).lines
     for i, line in enumerate(lines):
         if i % 5 == 0 or i > 90:
             line.update(student_written=1.0, loss=3.0, kl=3.0)
@@ -441,9 +455,20 @@ def test_what_writers_unlike_each_other_give_is_no_trend():
     mixed = Record(lines)
     assert len(mixed.of_one_writer.lines) == 72
     assert optimisation.not_learning(mixed) is None
+    assert optimisation.diverging(mixed) is None
+    assert optimisation.warmup(Record(lines[1:])) is None
     assert fidelity.fidelity_stuck(mixed) is None
+    assert fidelity.against_floor(mixed, 0.0) == []
     short = Record(lines[:20])
     assert optimisation.not_learning(short) is None
+
+
+def test_an_agreement_that_rises_is_no_standstill():
+    """Total variation, say: its student may well go away from its teacher in KL."""
+    rising = record(kl=1.0, agreement=lambda x: 0.1 + 0.3 * x)
+    assert fidelity.fidelity_stuck(rising) is None
+    finding = fidelity.fidelity_stuck(record(kl=1.0, agreement=lambda x: 0.1 * x))
+    assert finding.evidence.endswith("the agreement from 0.01 to 0.08")
 
 
 def test_a_spike_beside_next_to_nothing_is_none():

@@ -139,6 +139,7 @@ def validation(run: Record) -> Finding | None:
 
 
 def against_floor(run: Record, floor: float) -> list[Finding]:
+    run = run.of_one_writer
     kl = run.tenths("kl")
     if not kl:
         return []

@@ -104,6 +104,7 @@ def learning_rate(run: Record) -> Finding | None:
 
 
 def warmup(run: Record) -> Finding | None:
+    run = run.of_one_writer
     rates, losses = run.values("learning_rate"), run.values("loss")
     if not rates or rates[0] < at.WARM * max(rates) or len(losses) < at.STEPS:
         return None
@@ -119,6 +120,7 @@ def warmup(run: Record) -> Finding | None:
 
 
 def diverging(run: Record) -> Finding | None:
+    run = run.of_one_writer
     losses, tenths = run.values("loss"), run.tenths("loss")
     if len(losses) < at.STEPS:
         return None
