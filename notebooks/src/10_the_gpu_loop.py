@@ -66,7 +66,6 @@ from kdlib import checkpoints, claims, gradients, localize, models, plots
 from kdlib.batching import shuffled
 from kdlib.divergences import forward_kl
 from kdlib.fused import fused_divergence
-from kdlib.gradients import add_gradient
 from kdlib.heads import Head
 from kdlib.metrics import PEAKS, flops_per_token
 from kdlib.objective import Objective
@@ -692,7 +691,7 @@ for way in ways:
 # student: the same three seeds, as a difference to the token mean.
 
 # %%
-lines_of(add_gradient, "items = count_items", "parts.append")
+lines_of(gradients.add_gradient, "items = count_items", "parts.append")
 print()
 print(known["mean-of-means"])
 
