@@ -143,6 +143,16 @@ def main(argv: list[str] | None = None) -> int:
     claim.add_argument("--json", action="store_true", help="JSON on stdout")
     claim.set_defaults(run=ledger)
 
+    board = commands.add_parser(
+        "leaderboard",
+        help="check a class's board (JSONL): every entry against its result file",
+        epilog="Status 0: every entry holds; 1: some do not; 2: it could not look.",
+    )
+    board.add_argument("board", help="the file; chapter 14 says what is in it")
+    board.add_argument("--add", metavar="RESULT", help="enter this result file")
+    board.add_argument("--name", help="with --add: under which name")
+    board.set_defaults(run=leaderboard)
+
     arguments = parser.parse_args(argv)
     try:
         status = arguments.run(arguments) or 0
@@ -258,6 +268,24 @@ def doctor(arguments) -> int:
         if unseen := doctor_command.unseen(arguments.path):
             to_stderr(f"Not looked at: {', '.join(unseen)}.")
     return 1 if findings else 0
+
+
+def leaderboard(arguments) -> int:
+    from kdlib import class_leaderboard
+    from kdlib.errors import ArgumentError
+
+    if bool(arguments.add) != bool(arguments.name and arguments.name.strip()):
+        raise ArgumentError(
+            f"--add {arguments.add}, --name {arguments.name}", "give both, or neither"
+        )
+    if arguments.add:
+        class_leaderboard.add(arguments.board, arguments.name, arguments.add)
+    good, bad = class_leaderboard.check(arguments.board)
+    if good:
+        print(class_leaderboard.table(good))
+    for problem in bad:
+        to_stderr(problem)
+    return 1 if bad else 0
 
 
 def bench_loss(arguments) -> None:

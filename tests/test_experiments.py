@@ -22,6 +22,7 @@ KNOWN = claims.load()
 SMALL = {
     "boxed_targets.py": "--seeds 2 --share 0.001",
     "clinic.py": "--seeds 2 --share 0.01 --tests 4",
+    "capstone_example.py": "--seeds 2 --share 0.001",
     "context_distillation.py": "--seeds 2 --share 0.01",
     "dark_knowledge.py": "--seeds 2 --share 0.001",
     "data_size.py": "--seeds 2 --share 0.001",

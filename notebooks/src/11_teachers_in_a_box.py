@@ -873,9 +873,9 @@ for name, claim in claims.load().items():
 # %% [markdown]
 # Read them one by one.
 #
-# - **Renormalised.** Nearly all the mass strays, and no answer is right.
-#   `over` makes its confidence look nearly right, by accident: too modest at
-#   one end, far too sure at the other. An average hides what bins show.
+# - **Renormalised.** Nearly all the mass strays, and no answer is right. Its
+#   confidence looks right in `over`, by accident: too modest at one end, and
+#   far too sure at the other. An average hides what bins show.
 # - **Zero tail.** Surer than with whole distributions, and no more right. The
 #   excess is what section 5 predicted, though it spoke of a perfect student.
 # - **Tail bucket.** No loss of calibration is shown. There is one of KL:
