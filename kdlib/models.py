@@ -340,7 +340,13 @@ def _from_pretrained(source: str | Path, dtype: torch.dtype, **options):
 
 def quiet_transformers() -> None:
     """No bars and no hints from transformers: the commands have their own."""
+    import logging as python_logging
+
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    # Where torchao is installed, transformers imports it with the first model, and it
+    # tells which GPU extensions it cannot load.
+    for name in ("torchao", "torch.utils._pytree"):
+        python_logging.getLogger(name).setLevel(python_logging.ERROR)

@@ -31,6 +31,7 @@ SMALL = {
     "hard_and_soft.py": "--seeds 2 --share 0.001",
     "hinton_digits.py": "--seeds 2 --share 0.001",
     "own_mistakes.py": "--seeds 2 --share 0.001 --inputs 4",
+    "phone_students.py": "--seeds 2 --share 0.001",
     "precision_and_split.py": "--seeds 2 --steps 2",
     "probe_students.py": "--seeds 2 --share 0.001",
     "quickstart_seeds.py": "--seeds 2 --share 0.001",
@@ -52,6 +53,8 @@ ELSEWHERE = {
     "make_quickstart_targets.py": "an hour of a core, and writes data, no result",
     "make_teacher.py": "hours of a core; tests/test_repository.py reads its scores",
     "own_mistakes_gpu.py": "needs a GPU",
+    "phone_latency.py": "a clock, no seeds; what it runs is held to torch by "
+    "tests/test_onnx_model.py and tests/test_quantised.py",
     "smollm2_common.py": "no command; tests/test_ecosystem.py runs it",
     "smollm2_context.py": "tests/test_ecosystem.py runs it with a smaller model",
     "smollm2_first_layers.py": "tests/test_ecosystem.py runs it with a smaller model",
