@@ -130,6 +130,14 @@ def main(argv: list[str] | None = None) -> int:
     doctors.add_argument("--json", action="store_true", help="JSON on stdout")
     doctors.set_defaults(run=doctor)
 
+    far = commands.add_parser(
+        "progress", help="which exercises are right, tried and open, and the next step"
+    )
+    far.add_argument(
+        "folder", nargs="?", default="exercises", help="of notebooks, as you saved them"
+    )
+    far.set_defaults(run=progress)
+
     claim = commands.add_parser(
         "ledger", help="list the course's claims, or run one's experiment again"
     )
@@ -253,6 +261,12 @@ def laws(arguments) -> int:
     else:
         print(leaderboard.render_laws(rows))
     return 1 if leaderboard.broken(rows) else 0
+
+
+def progress(arguments) -> None:
+    from kdlib import progress as read
+
+    print(read.report(read.progress(arguments.folder)))
 
 
 def doctor(arguments) -> int:
