@@ -500,7 +500,6 @@ _PREDICTION = Predict(
         ),
         "tokens": (
             Bug("share", "That is a share and no number of tokens.", lambda: 0.8),
-            Bug("no end", "Drafts end after four tokens.", lambda: 1 / (1 - 0.8)),
         ),
         "speedup": (
             Bug(

@@ -36,7 +36,8 @@ def gaps(ours, theirs):
 
 @honest("14.1")
 def by_torch(ours, theirs, t):
-    d = torch.tensor(ours, dtype=torch.float64) - torch.tensor(theirs).double()
+    d = torch.tensor([ours, theirs], dtype=torch.float64)
+    d = d[0] - d[1]
     half = t * d.std() / len(d) ** 0.5
     return torch.stack([d.mean(), d.mean() - half, d.mean() + half])
 
