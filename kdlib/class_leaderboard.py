@@ -25,8 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kdlib.capstone import MEASURES, SEEDED, WITHOUT, summary
-from kdlib.errors import DataError, KdlibError, StorageError
-from kdlib.ledger import Interval
+from kdlib.errors import DataError, KdlibError
+from kdlib.ledger import Interval, write_text
 from kdlib.phone import DISTILLED, HARD_FLOPS, TEACHER
 
 MIN_SEEDS = 3
@@ -74,17 +74,12 @@ def add(board: str | Path, name: str, result: str | Path) -> Entry:
         digest,
         **_numbers(found),
     )
-    lines = board.read_text("utf-8").splitlines() if board.exists() else []
+    lines = _lines(board) if board.exists() else []
     lines.append(json.dumps(asdict(entry), ensure_ascii=False))
     *_, (entry, problem) = _judged(lines, place)
     if problem:
         raise problem
-    try:
-        board.write_text("\n".join(lines) + "\n", "utf-8")
-    except OSError as error:
-        raise StorageError(
-            f"{board} cannot be written: {error}", "name a file you may write"
-        ) from error
+    write_text(board, "\n".join(lines) + "\n")
     return entry.entry
 
 
@@ -94,13 +89,7 @@ def check(board: str | Path) -> tuple[list[Checked], list[str]]:
     Raises DataError for a board that cannot be read, or has no line.
     """
     board = Path(board)
-    try:
-        lines = board.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{board} cannot be read: {error}",
-            "name a board; --add RESULT --name NAME begins one",
-        ) from error
+    lines = _lines(board)
     if not any(map(str.strip, lines)):
         raise DataError(f"{board} has no entry", "add one: --add RESULT --name NAME")
     good, bad = [], []
@@ -110,6 +99,16 @@ def check(board: str | Path) -> tuple[list[Checked], list[str]]:
         elif entry:
             good.append(entry)
     return sorted(good, key=lambda one: -one.entry.recovery), bad
+
+
+def _lines(board: Path) -> list[str]:
+    try:
+        return board.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{board} cannot be read: {error}",
+            "name a board; --add RESULT --name NAME begins one",
+        ) from error
 
 
 def _judged(lines, place: Path):

@@ -170,7 +170,12 @@ def provenance(command: str) -> dict[str, str]:
 
 
 def write_json(path: str | Path, value) -> Path:
-    """Write a JSON file in one rename, so that a reader never meets half of one.
+    """Write a JSON file as write_text does."""
+    return write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a file in one rename, so that a reader never meets half of one.
 
     Raises StorageError where it cannot be written; what was there is untouched.
     """
@@ -178,7 +183,7 @@ def write_json(path: str | Path, value) -> Path:
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps(value, indent=1) + "\n")
+        scratch.write_text(text, encoding="utf-8")
         os.replace(scratch, path)
     except OSError as error:
         raise StorageError(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from pathlib import Path
 
 import pytest
 
 from kdlib import capstone, class_leaderboard
 from kdlib.__main__ import main
-from kdlib.errors import DataError
+from kdlib.errors import DataError, StorageError
 from kdlib.ledger import provenance
 
 FIXED = {
@@ -240,3 +242,28 @@ def test_a_board_without_entries_is_refused(tmp_path, text, capsys):
         (tmp_path / "board.jsonl").write_text(text)
     assert main(["leaderboard", str(tmp_path / "board.jsonl")]) == 2
     assert "--add RESULT --name NAME" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_board_as_it_was(place, monkeypatch):
+    board = place / "board.jsonl"
+    class_leaderboard.add(board, "Bob", place / "bob.json")
+    before = board.read_bytes()
+
+    def half(self, text, *args, **kwargs):
+        with self.open("w", encoding="utf-8") as file:
+            file.write(text[: len(text) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(StorageError, match="No space left"):
+        class_leaderboard.add(board, "Ada", place / "ada.json")
+    assert board.read_bytes() == before
+    assert {p.name for p in place.iterdir()} == {"ada.json", "bob.json", "board.jsonl"}
+
+
+def test_a_board_that_is_no_text_is_not_added_to(place):
+    board = place / "board.jsonl"
+    board.write_bytes(b"\xff\xfe junk")
+    with pytest.raises(DataError, match="cannot be read"):
+        class_leaderboard.add(board, "Ada", place / "ada.json")
+    assert board.read_bytes() == b"\xff\xfe junk"
