@@ -53,6 +53,7 @@ ELSEWHERE = {
     "make_quickstart_targets.py": "an hour of a core, and writes data, no result",
     "make_teacher.py": "hours of a core; tests/test_repository.py reads its scores",
     "own_mistakes_gpu.py": "needs a GPU",
+    "parallel.py": "no command; three experiments above run through it",
     "phone_latency.py": "a clock, no seeds; what it runs is held to torch by "
     "tests/test_onnx_model.py and tests/test_quantised.py",
     "smollm2_common.py": "no command; tests/test_ecosystem.py runs it",

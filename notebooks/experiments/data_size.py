@@ -48,12 +48,11 @@ import functools
 import itertools
 import random
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from parallel import runs_of
 
 from kdlib import localize, models, phone
 from kdlib.evaluate import evaluate
@@ -270,16 +269,6 @@ def summary(runs: list[dict], seeds: int) -> dict:
     }
 
 
-def runs_of(jobs: list[tuple], workers: int):
-    """Each job's result as it comes: in this process, or from several."""
-    if workers == 1:
-        yield from (run(*job) for job in jobs)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(run, *job) for job in jobs]):
-            yield done.result()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
@@ -311,7 +300,7 @@ def main() -> None:
         "covered": {str(seed): covered(seed) for seed in range(arguments.seeds)},
         "seeds": arguments.seeds,
     }
-    for found in runs_of(jobs, arguments.workers):
+    for found in runs_of(run, jobs, arguments.workers):
         runs.append(found)
         runs.sort(key=lambda r: (r["seed"], ROWS.index(r["row"])))
         minutes = round(sum(r["minutes"] for r in runs), 1)

@@ -40,11 +40,10 @@ from __future__ import annotations
 
 import argparse
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from parallel import runs_of
 
 from kdlib import digits
 from kdlib.digits import Part
@@ -252,16 +251,6 @@ def summary(runs: list[dict]) -> dict:
     }
 
 
-def runs_of(jobs: list[tuple], workers: int):
-    """Each job's result as it comes: in this process, or from several."""
-    if workers == 1:
-        yield from (run(*job) for job in jobs)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(run, *job) for job in jobs]):
-            yield done.result()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=SEEDS)
@@ -286,7 +275,7 @@ def main() -> None:
         **settings,
         "seeds": arguments.seeds,
     }
-    for found in runs_of([(s, arguments.share) for s in seeds], arguments.workers):
+    for found in runs_of(run, [(s, arguments.share) for s in seeds], arguments.workers):
         runs.append(found)
         runs.sort(key=lambda r: r["seed"])
         minutes = round(sum(r["minutes"] for r in runs), 1)

@@ -38,12 +38,11 @@ import functools
 import itertools
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from parallel import runs_of
 from safetensors.torch import save_file
 
 from kdlib import models, phone
@@ -209,16 +208,6 @@ def summary(runs: list[dict]) -> dict:
     }
 
 
-def runs_of(jobs: list[tuple], workers: int):
-    """Each job's result as it comes: in this process, or from several."""
-    if workers == 1:
-        yield from (run(*job) for job in jobs)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(run, *job) for job in jobs]):
-            yield done.result()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
@@ -264,7 +253,7 @@ def main() -> None:
             },
         },
     }
-    for found in itertools.chain([[]], runs_of(jobs, options.workers)):
+    for found in itertools.chain([[]], runs_of(run, jobs, options.workers)):
         runs += found
         runs.sort(key=lambda r: (r["seed"], ROWS.index(r["row"])))
         minutes = round(sum(r["minutes"] for r in runs), 1)
