@@ -20,11 +20,12 @@ import torch
 
 from kdlib.distributed import ALONE, Ranks
 from kdlib.errors import DataError
-from kdlib.pairs import EncodedPair, PairCollator, PairedBatch, View
+from kdlib.pairs import EncodedPair, PairCollator
 from kdlib.settings import TrainConfig
+from kdlib.views import PairedBatch, View
 
 if TYPE_CHECKING:
-    from kdlib.sparse import SparseTargets
+    from kdlib.sparse_targets import SparseTargets
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ holds E examples with N response tokens in all, and k entries for each token:
     example_ids [E], start [E+1]  the tokens of example e are start[e] .. start[e+1]
     inputs [E]                    hash of what the teacher read (`input_hash`)
     response_ids [N]              what it was asked to predict
-    indices, log_probs [N, k]     as in sparse.py; sampled targets add counts [N, k]
+    indices, log_probs [N, k]     as in sparse_targets.py; drawn ones add counts [N, k]
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ import torch
 
 from kdlib.errors import ArgumentError, DataError
 from kdlib.files import digest
-from kdlib.pairs import EncodedPair, PairedBatch
+from kdlib.pairs import EncodedPair
 from kdlib.prompts import tokenizer_content
 from kdlib.shards import FORMAT, MANIFEST, Shard, read_manifest, shard_fault
-from kdlib.sparse import SparseTargets
+from kdlib.sparse_targets import SparseTargets
+from kdlib.views import PairedBatch
 
 if TYPE_CHECKING:
     from torch import Tensor

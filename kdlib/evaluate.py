@@ -18,10 +18,12 @@ import torch
 
 from kdlib.divergences import forward_kl
 from kdlib.errors import ArgumentError
-from kdlib.pairs import EncodedPair, PairCollator, PairedBatch
+from kdlib.pairs import EncodedPair, PairCollator
 from kdlib.sampling import complete
-from kdlib.sparse import SparseTargets, sparse_divergence
+from kdlib.sparse import sparse_divergence
+from kdlib.sparse_targets import SparseTargets
 from kdlib.teachers import LiveTeacher, Teacher
+from kdlib.views import PairedBatch
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64

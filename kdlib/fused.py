@@ -43,7 +43,6 @@ from kdlib.errors import ArgumentError
 from kdlib.fused_kernel import by_triton, closed_form, uses_triton
 from kdlib.heads import Head
 from kdlib.sparse import (
-    SparseTargets,
     checked,
     gathered,
     kept_gradient,
@@ -51,6 +50,7 @@ from kdlib.sparse import (
     of_logits,
     without_kept,
 )
+from kdlib.sparse_targets import SparseTargets
 
 if TYPE_CHECKING:
     from collections.abc import Callable

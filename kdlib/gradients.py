@@ -26,10 +26,10 @@ from kdlib.fused import fused_divergence, fused_sparse_divergence
 from kdlib.heads import Head
 from kdlib.metrics import fidelity, quarters, sample
 from kdlib.objective import DistillationLoss, Objective
-from kdlib.pairs import PairedBatch, View
 from kdlib.precision import Precision
 from kdlib.sharding import decoder_of, summing
 from kdlib.teachers import CachedTeacher, LiveTeacher, RemoteTeacher, Teacher
+from kdlib.views import PairedBatch, View
 
 
 class StepLoss(NamedTuple):

@@ -46,7 +46,8 @@ from tqdm import tqdm
 
 from kdlib.divergences import forward_kl, tempered_log_softmax
 from kdlib.errors import StorageError
-from kdlib.sparse import SparseTargets, sparse_divergence
+from kdlib.sparse import sparse_divergence
+from kdlib.sparse_targets import SparseTargets
 
 # Tokens are alike enough that more would cost time and tell little.
 SAMPLE = 256

@@ -19,7 +19,8 @@ import torch
 
 from kdlib.divergences import get_divergence, tempered_log_softmax
 from kdlib.errors import ArgumentError, nearest
-from kdlib.sparse import SparseTargets, sparse_divergence
+from kdlib.sparse import sparse_divergence
+from kdlib.sparse_targets import SparseTargets
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

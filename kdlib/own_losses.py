@@ -14,9 +14,10 @@ from kdlib.fused import fused_divergence
 from kdlib.heads import Head
 from kdlib.loss_under_test import LossUnderTest
 from kdlib.objective import Objective
-from kdlib.pairs import PairedBatch, View
-from kdlib.sparse import SparseTargets, sparse_divergence, top_k_targets
+from kdlib.sparse import sparse_divergence
+from kdlib.sparse_targets import SparseTargets, top_k_targets
 from kdlib.teachers import LiveTeacher
+from kdlib.views import PairedBatch, View
 
 KNOBS = {
     "generalized_jsd": ("beta", "forward_kl", "reverse_kl"),

@@ -32,8 +32,8 @@ import torch
 
 from kdlib.errors import ArgumentError, ModelError
 from kdlib.json_server import JsonServer, quoted
-from kdlib.pairs import PairedBatch
-from kdlib.sparse import TAILS, SparseTargets
+from kdlib.sparse_targets import TAILS, SparseTargets
+from kdlib.views import PairedBatch
 
 # Else the model's generation_config.json chooses, and a server that was started with
 # --logprobs-mode processed_logprobs would apply what it chose.

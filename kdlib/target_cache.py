@@ -26,7 +26,7 @@ from kdlib.cached import fingerprint, input_hash
 from kdlib.errors import ArgumentError, DataError, ModelError, StorageError
 from kdlib.files import digest
 from kdlib.lock import LOCK, only_process_in
-from kdlib.pairs import EncodedPair, PairCollator, PairedBatch, PairedExample
+from kdlib.pairs import EncodedPair, PairCollator, PairedExample
 from kdlib.shards import (
     FORMAT,
     SCRATCH,
@@ -35,7 +35,8 @@ from kdlib.shards import (
     write_manifest,
     write_shard,
 )
-from kdlib.sparse import TAILS, SparseTargets, sampled_targets, top_k_targets
+from kdlib.sparse_targets import TAILS, SparseTargets, sampled_targets, top_k_targets
+from kdlib.views import PairedBatch
 
 if TYPE_CHECKING:
     from torch import Tensor

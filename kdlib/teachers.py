@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from kdlib.cached import CachedTeacher, fingerprint
-from kdlib.pairs import PairedBatch
 from kdlib.remote import RemoteTeacher
-from kdlib.sparse import SparseTargets
+from kdlib.sparse_targets import SparseTargets
 from kdlib.target_cache import write_cache, write_shards
+from kdlib.views import PairedBatch
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -33,7 +33,7 @@ from kdlib.gradients import (
 from kdlib.memory import memory_errors_explained, way_out
 from kdlib.objective import Objective
 from kdlib.on_policy import Author
-from kdlib.pairs import EncodedPair, PairCollator, PairedBatch
+from kdlib.pairs import EncodedPair, PairCollator
 from kdlib.precision import Precision, check_scale, trained_weights
 from kdlib.run_folder import RunFolder
 from kdlib.settings import TrainConfig
@@ -41,6 +41,7 @@ from kdlib.sharding import blocks_of, replicated, shard, whole
 from kdlib.stopping import Stopped, StopRequest, stop_on_signals
 from kdlib.teachers import CachedTeacher, LiveTeacher, Teacher
 from kdlib.training_state import History, TrainingState, layout
+from kdlib.views import PairedBatch
 
 __all__ = [
     "History",

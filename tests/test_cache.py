@@ -19,7 +19,7 @@ from kdlib import build_cache, localize, models, shards, target_cache
 from kdlib.errors import ArgumentError, DataError, KdlibError, ModelError, StorageError
 from kdlib.objective import Objective
 from kdlib.pairs import PairCollator, PairedExample
-from kdlib.sparse import top_k_targets
+from kdlib.sparse_targets import top_k_targets
 from kdlib.teachers import CachedTeacher, LiveTeacher, write_cache, write_shards
 
 KINDS = ["bucket", "zero", "renormalize", "sampled"]

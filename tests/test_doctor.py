@@ -35,10 +35,11 @@ from kdlib.doctor.watch import Call, Reading, predicting, reading
 from kdlib.errors import ArgumentError, DataError
 from kdlib.metrics import fidelity as measured
 from kdlib.objective import Objective
-from kdlib.pairs import PairCollator, View
+from kdlib.pairs import PairCollator
 from kdlib.settings import TrainConfig
-from kdlib.sparse import top_k_targets
+from kdlib.sparse_targets import top_k_targets
 from kdlib.teachers import LiveTeacher
+from kdlib.views import View
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "notebooks" / "experiments"))

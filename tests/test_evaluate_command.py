@@ -12,7 +12,7 @@ from kdlib.__main__ import main
 from kdlib.evaluate import Fidelity, evaluate, fidelity_report, together
 from kdlib.pairs import PairCollator
 from kdlib.sampling import complete
-from kdlib.sparse import top_k_targets
+from kdlib.sparse_targets import top_k_targets
 from kdlib.teachers import LiveTeacher
 
 # Without the context some of the teacher's answers are right, and most are wrong.

@@ -21,7 +21,7 @@ from kdlib.errors import ArgumentError, ModelError
 from kdlib.fused import fused_divergence
 from kdlib.heads import Head
 from kdlib.objective import Objective
-from kdlib.pairs import View
+from kdlib.views import View
 
 
 @pytest.fixture(autouse=True)

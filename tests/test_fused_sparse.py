@@ -12,7 +12,7 @@ from kdlib.divergences import DIVERGENCES, get_divergence
 from kdlib.errors import ArgumentError
 from kdlib.fused import fused_sparse_divergence
 from kdlib.heads import Head
-from kdlib.sparse import SparseTargets, sampled_targets, top_k_targets
+from kdlib.sparse_targets import SparseTargets, sampled_targets, top_k_targets
 
 PLAIN = {"bias": False, "scale": 1.0, "softcap": None, "temperature": 1.0}
 SHAPED = {"bias": True, "scale": 0.5, "softcap": 3.0, "temperature": 1.5}

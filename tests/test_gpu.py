@@ -23,7 +23,8 @@ from kdlib.heads import Head
 from kdlib.objective import Objective
 from kdlib.pairs import PairCollator
 from kdlib.settings import TrainConfig
-from kdlib.sparse import sparse_divergence, top_k_targets
+from kdlib.sparse import sparse_divergence
+from kdlib.sparse_targets import top_k_targets
 from kdlib.teachers import CachedTeacher, LiveTeacher, write_cache
 from kdlib.train import Stopped, train
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from kdlib.divergences import DIVERGENCES, get_divergence
 from kdlib.errors import ArgumentError
 from kdlib.objective import Objective
-from kdlib.sparse import sampled_targets, sparse_divergence, top_k_targets
+from kdlib.sparse import sparse_divergence
+from kdlib.sparse_targets import sampled_targets, top_k_targets
 
 
 def tokens(seed=0, n=7, vocab=9, scale=2.0):

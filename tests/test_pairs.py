@@ -20,13 +20,8 @@ from tokenizers import (
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from kdlib.errors import AlignmentError, ArgumentError, DataError, ModelError
-from kdlib.pairs import (
-    PairCollator,
-    PairedBatch,
-    PairedExample,
-    View,
-    check_alignment,
-)
+from kdlib.pairs import PairCollator, PairedExample
+from kdlib.views import PairedBatch, View, check_alignment
 
 SPECIALS = ["<|pad|>", "<|end|>", "<|context|>", "<|input|>", "<|answer|>"]
 TEMPLATE = (

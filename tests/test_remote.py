@@ -17,7 +17,7 @@ from kdlib.errors import ArgumentError, ModelError
 from kdlib.json_server import JsonServer
 from kdlib.objective import Objective
 from kdlib.pairs import PairCollator
-from kdlib.sparse import top_k_targets
+from kdlib.sparse_targets import top_k_targets
 from kdlib.teachers import CachedTeacher, LiveTeacher, RemoteTeacher, write_cache
 
 SERVER = Path(__file__).with_name("logprob_server.py")

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from kdlib.divergences import DIVERGENCES, get_divergence
 from kdlib.errors import ArgumentError
-from kdlib.sparse import (
+from kdlib.sparse import sparse_divergence
+from kdlib.sparse_targets import (
     SparseTargets,
     concatenate,
     sampled_targets,
-    sparse_divergence,
     top_k_targets,
 )
 

@@ -19,11 +19,12 @@ from kdlib.errors import ArgumentError, TrainingError
 from kdlib.gradients import StudentLoss, add_gradient, attached
 from kdlib.heads import Head
 from kdlib.objective import Objective
-from kdlib.pairs import PairCollator, PairedBatch
+from kdlib.pairs import PairCollator
 from kdlib.precision import Precision
 from kdlib.stopping import stop_on_signals
 from kdlib.teachers import CachedTeacher, LiveTeacher, write_cache
 from kdlib.train import Stopped, TrainConfig, accumulate_gradient, train
+from kdlib.views import PairedBatch
 
 CPU = torch.device("cpu")
 HARD = Objective(hard_weight=1.0)

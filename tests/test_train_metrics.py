@@ -16,7 +16,7 @@ from kdlib.errors import StorageError
 from kdlib.metrics import Record, fidelity, flops_per_token, peak_flops, quarters
 from kdlib.objective import Objective
 from kdlib.pairs import PairCollator
-from kdlib.sparse import sampled_targets, top_k_targets
+from kdlib.sparse_targets import sampled_targets, top_k_targets
 from kdlib.teachers import LiveTeacher
 from kdlib.train import TrainConfig, train
 

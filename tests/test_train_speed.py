@@ -12,11 +12,12 @@ from kdlib import train as loop
 from kdlib.batching import batches_of_steps
 from kdlib.gradients import StudentLoss
 from kdlib.objective import Objective
-from kdlib.pairs import PairCollator, View
+from kdlib.pairs import PairCollator
 from kdlib.sharding import blocks_of
 from kdlib.teachers import CachedTeacher, LiveTeacher, write_cache
 from kdlib.train import TrainConfig, TrainingState, train
 from kdlib.training_state import History
+from kdlib.views import View
 
 CONFIG = TrainConfig(steps=3, batch_size=4, learning_rate=1e-2)
 

@@ -25,7 +25,8 @@ from kdlib.errors import ArgumentError
 from kdlib.gradients import StudentLoss
 from kdlib.metrics import sample
 from kdlib.objective import Objective
-from kdlib.pairs import PairCollator, PairedBatch, PairedExample, View
+from kdlib.pairs import PairCollator, PairedExample
+from kdlib.views import PairedBatch, View
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int64

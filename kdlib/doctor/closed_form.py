@@ -23,7 +23,8 @@ from torch.nn.functional import pad
 from kdlib.doctor import thresholds
 from kdlib.loss_under_test import FORMULAS
 from kdlib.objective import Objective
-from kdlib.sparse import SparseTargets, sparse_divergence
+from kdlib.sparse import sparse_divergence
+from kdlib.sparse_targets import SparseTargets
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64

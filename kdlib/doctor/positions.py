@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from kdlib.doctor.finding import Finding, found
 from kdlib.doctor.watch import Reading, predicting
-from kdlib.pairs import View
+from kdlib.views import View
 
 if TYPE_CHECKING:
     from jaxtyping import Bool

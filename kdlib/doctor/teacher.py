@@ -10,8 +10,9 @@ from kdlib.doctor import thresholds
 from kdlib.doctor.finding import Finding, found
 from kdlib.doctor.positions import examine_attention
 from kdlib.doctor.watch import Seen, logits_of, model_of, reading
-from kdlib.pairs import PairCollator, PairedBatch, View
-from kdlib.sparse import SparseTargets
+from kdlib.pairs import PairCollator
+from kdlib.sparse_targets import SparseTargets
+from kdlib.views import PairedBatch, View
 
 if TYPE_CHECKING:
     from jaxtyping import Float

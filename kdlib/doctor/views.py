@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from kdlib.doctor.finding import Finding, found
-from kdlib.pairs import PairCollator, PairedBatch, PairedExample, View
+from kdlib.pairs import PairCollator, PairedExample
 from kdlib.prompts import token_ids
+from kdlib.views import PairedBatch, View
 
 if TYPE_CHECKING:
     from jaxtyping import Int64

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from kdlib.errors import ArgumentError
-from kdlib.pairs import PairedBatch, View
-from kdlib.sparse import SparseTargets
+from kdlib.sparse_targets import SparseTargets
+from kdlib.views import PairedBatch, View
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64

@@ -19,8 +19,8 @@ from kdlib.explorers.frame import (
 )
 from kdlib.models import ANSWER, CONTEXT, INPUT
 from kdlib.objective import Objective
-from kdlib.pairs import PairedBatch
 from kdlib.plots import BLUE, GREY, ORANGE
+from kdlib.views import PairedBatch
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -18,7 +18,8 @@ from kdlib.explorers.frame import (
     slider,
 )
 from kdlib.plots import BLUE, GREY, ORANGE
-from kdlib.sparse import TAILS, sampled_targets, sparse_divergence, top_k_targets
+from kdlib.sparse import sparse_divergence
+from kdlib.sparse_targets import TAILS, sampled_targets, top_k_targets
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -58,7 +58,7 @@ from kdlib import localize, models, phone
 from kdlib.evaluate import evaluate
 from kdlib.ledger import mean_interval, provenance, resume, write_json
 from kdlib.objective import Objective
-from kdlib.sparse import top_k_targets
+from kdlib.sparse_targets import top_k_targets
 from kdlib.teachers import LiveTeacher
 from kdlib.train import train
 

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 
 from kdlib import localize, models
 from kdlib.objective import Objective
-from kdlib.pairs import EncodedPair, PairCollator, PairedBatch, View
-from kdlib.sparse import SparseTargets, sampled_targets, top_k_targets
+from kdlib.pairs import EncodedPair, PairCollator
+from kdlib.sparse_targets import SparseTargets, sampled_targets, top_k_targets
 from kdlib.teachers import LiveTeacher
+from kdlib.views import PairedBatch, View
 
 
 @dataclass(frozen=True)

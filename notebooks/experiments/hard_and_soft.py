@@ -36,7 +36,7 @@ from kdlib.evaluate import evaluate, teacher_reference
 from kdlib.ledger import command_of, mean_interval, provenance, resume, write_json
 from kdlib.objective import Objective
 from kdlib.pairs import EncodedPair
-from kdlib.sparse import sampled_targets
+from kdlib.sparse_targets import sampled_targets
 from kdlib.teachers import LiveTeacher
 from kdlib.train import train
 

@@ -62,8 +62,10 @@ from kdlib import localize, models, phone, plots
 from kdlib.divergences import forward_kl, tempered_log_softmax
 from kdlib.errors import ModelError
 from kdlib.ledger import Interval
-from kdlib.pairs import PairedExample, View, check_same_tokenizer
+from kdlib.pairs import PairedExample
+from kdlib.prompts import check_same_tokenizer
 from kdlib.teachers import LiveTeacher
+from kdlib.views import View
 
 models.quiet_transformers()
 plt.rcParams.update(plots.STYLE)

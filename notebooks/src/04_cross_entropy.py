@@ -740,7 +740,8 @@ for n, value in zip(counts.tolist(), measured, strict=True):
 # unbiased for every $n$.
 
 # %%
-from kdlib.sparse import sampled_targets, sparse_divergence
+from kdlib.sparse import sparse_divergence
+from kdlib.sparse_targets import sampled_targets
 
 kept = sampled_targets(p.log()[None], 16, torch.Generator().manual_seed(0))
 for index, weight in zip(kept.indices[0], kept.weights[0], strict=True):

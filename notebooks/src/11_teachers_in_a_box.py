@@ -76,7 +76,8 @@ from kdlib.objective import Objective
 from kdlib.pairs import PairCollator, PairedExample
 from kdlib.sampling import complete
 from kdlib.shards import Shard
-from kdlib.sparse import sampled_targets, sparse_divergence, top_k_targets
+from kdlib.sparse import sparse_divergence
+from kdlib.sparse_targets import SparseTargets, sampled_targets, top_k_targets
 from kdlib.teachers import (
     CachedTeacher,
     LiveTeacher,
@@ -562,7 +563,7 @@ assert abs(chance @ losses - whole) < 1e-12
 # rows are filled in by hand, so that the expectation is exact.
 
 # %%
-rows = sparse.SparseTargets(
+rows = SparseTargets(
     outcomes,
     log_t[outcomes],
     tail="zero",

@@ -277,7 +277,8 @@ def by_torch(student_logits, drawn, log_probs):
 
 @honest("11.3")
 def by_kdlib(student_logits, drawn, log_probs):
-    from kdlib.sparse import SparseTargets, sparse_divergence
+    from kdlib.sparse import sparse_divergence
+    from kdlib.sparse_targets import SparseTargets
 
     weights = torch.full_like(log_probs, 1 / drawn.shape[1])
     targets = SparseTargets(drawn, log_probs, "zero", weights=weights)
