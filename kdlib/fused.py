@@ -1,7 +1,8 @@
 """Divergences from hidden states: the [N, V] logits never exist all at once.
 
 Knows: hidden states, the two output heads, and how to walk over them. Does not know a
-divergence of its own: divergences.py says what is computed, this file only how.
+divergence of its own: divergences.py says what is computed, this file only how, and
+fused_gradient.py takes one chunk's gradient.
 
 The problem. For N response tokens over a vocabulary of V, teacher and student make two
 [N, V] matrices of logits, and autograd keeps several more. At N = 8192, V = 151,936
@@ -32,24 +33,17 @@ differentiable scalar comes out, and the per-token values beside it are detached
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from kdlib.divergences import get_divergence, tempered_log_softmax
-from kdlib.errors import ArgumentError
+from kdlib.divergences import get_divergence
+from kdlib.fused_arguments import check_numbers, check_rows, check_side, check_tokens
+from kdlib.fused_gradient import Tokens, by_autograd, by_kept, is_plain, of_targets
 from kdlib.fused_kernel import by_triton, closed_form, uses_triton
 from kdlib.heads import Head
-from kdlib.sparse import (
-    checked,
-    gathered,
-    kept_gradient,
-    of_kept,
-    of_logits,
-    without_kept,
-)
+from kdlib.sparse import checked, kept_gradient, of_kept
 from kdlib.sparse_targets import SparseTargets
 
 if TYPE_CHECKING:
@@ -62,12 +56,6 @@ GIB = 2**30
 # Bytes for the buffers of logits and gradients. On CUDA: few panels, because each one
 # reads and writes all of d W_s once more. On a CPU: what its caches can hold.
 WORKSPACE = {"cuda": 3 * GIB // 2, "cpu": GIB // 16, "mps": GIB // 4}
-# Rows that plain torch differentiates at once, counted in logits: autograd's half dozen
-# temporaries of that size should stay in a CPU's cache, or fill a GPU.
-SLICE = {"cuda": 2**25, "cpu": 2**19, "mps": 2**23}
-# And of sparse targets, where the temporary is one and the cost is that of many small
-# operations a slice.
-KEPT_SLICE = {"cuda": 2**28, "cpu": 2**22, "mps": 2**25}
 # float16 has no exponent to spare: a gradient below 6e-8 would vanish. Gradients of
 # weight 1 are stored times this, which leaves room up to 255 above.
 FLOAT16_GAIN = 256.0
@@ -190,23 +178,23 @@ def _run(
     targets=None,
 ) -> FusedDivergence:
     function = get_divergence(divergence, **params)
-    _check_side("student", student_hidden, student_head)
-    _check_numbers(temperature, student_head, teacher_head, workspace)
+    check_side("student", student_hidden, student_head)
+    check_numbers(temperature, student_head, teacher_head, workspace)
     tensors = [student_hidden, student_head.weight]
     if targets is None:
-        _check_side("teacher", teacher_hidden, teacher_head)
+        check_side("teacher", teacher_hidden, teacher_head)
         tensors += [teacher_hidden, teacher_head.weight]
-        _check_rows(f"{len(teacher_hidden)} teacher rows", teacher_hidden, tensors)
+        check_rows(f"{len(teacher_hidden)} teacher rows", teacher_hidden, tensors)
     else:
-        _check_rows(f"{len(targets)} targets", targets, [*tensors, targets.indices])
+        check_rows(f"{len(targets)} targets", targets, [*tensors, targets.indices])
         vocab = len(student_head.weight)
         targets = checked(targets, vocab, divergence, temperature)
-        function = functools.partial(_of_targets, divergence, params)
+        function = functools.partial(of_targets, divergence, params)
     ones = torch.ones(len(student_hidden), device=student_hidden.device)
     token_weights = ones if token_weights is None else token_weights.detach()
     if labels is not None:
         label_weights = ones if label_weights is None else label_weights.detach()
-    _check_tokens(token_weights, labels, label_weights, student_hidden, student_head)
+    check_tokens(token_weights, labels, label_weights, student_hidden, student_head)
     job = _Job(
         student_head=student_head,
         teacher_head=teacher_head,
@@ -254,29 +242,6 @@ class _Job:
     kept_gradient: Callable | None = None
 
 
-class _Tokens(NamedTuple):
-    """One number a row: what goes into the loss besides the logits, and what comes out.
-
-    Those of labels are None without labels, targets where there is a teacher.
-    """
-
-    weights: Tensor
-    per_token: Tensor
-    label_weights: Tensor | None
-    labels: Tensor | None
-    hard: Tensor | None
-    targets: SparseTargets | None = None
-
-    def rows(self, rows: slice) -> _Tokens:
-        return _Tokens(*(None if column is None else column[rows] for column in self))
-
-    def total(self) -> Tensor:
-        total = (self.weights * self.per_token).sum()
-        if self.hard is None:
-            return total
-        return total + (self.label_weights * self.hard).sum()
-
-
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, job):
@@ -305,7 +270,7 @@ class _Fused(torch.autograd.Function):
             gain = FLOAT16_GAIN / torch.where(largest > 0, largest, 1.0)
 
         new = functools.partial(torch.empty, dtype=wide, device=hidden.device)
-        tokens = _Tokens(
+        tokens = Tokens(
             weights=job.token_weights.to(wide) * gain,
             per_token=new(rows),
             label_weights=job.label_weights.to(wide) * gain if has_labels else None,
@@ -334,9 +299,9 @@ class _Fused(torch.autograd.Function):
             t_logits = buffer(min(chunk, rows), vocab, dtype=t_dtype)
         if not in_place:
             s_logits = buffer(min(chunk, rows), columns, dtype=s_dtype)
-        differentiate = _by_autograd
-        if sparse and _is_plain(job):
-            differentiate = _by_kept
+        differentiate = by_autograd
+        if sparse and is_plain(job):
+            differentiate = by_kept
         elif not sparse and job.closed_form and uses_triton(hidden.device):
             differentiate = by_triton
 
@@ -433,148 +398,8 @@ def _rows(job, columns, s_dtype, t_dtype, in_place, wants_gradient) -> tuple[int
     return chunk, chunk * max(1, room)
 
 
-# --------------------------------------------------- loss and gradient, any divergence
-
-
-def _by_autograd(s, t, out, tokens, job) -> None:
-    """The losses into `tokens`, their weighted gradient to s into `out` (maybe s)."""
-    step = max(1, SLICE.get(s.device.type, 2**23) // s.shape[1])
-    wide = torch.promote_types(s.dtype, torch.float32)
-    for first in range(0, len(s), step):
-        rows = slice(first, first + step)
-        here = tokens.rows(rows)
-        with torch.set_grad_enabled(out is not None):
-            logits = s[rows].detach().to(wide).requires_grad_(out is not None)
-            teacher = here.targets
-            if teacher is None:
-                teacher = job.teacher_head.shape(t[rows].to(wide))
-            student = job.student_head.shape(logits)
-            values = job.function(student, teacher, temperature=job.temperature)
-            live = here._replace(per_token=values)
-            if here.labels is not None:
-                log_ps = tempered_log_softmax(student, 1.0)
-                live = live._replace(hard=-log_ps.gather(1, here.labels[:, None])[:, 0])
-                here.hard.copy_(live.hard.detach())
-            here.per_token.copy_(values.detach())
-            if out is not None:
-                (out[rows],) = torch.autograd.grad(live.total(), logits)
-
-
-def _of_targets(divergence, params, student, targets, *, temperature):
-    return of_logits(student, targets, divergence, **params)
-
-
-# -------------------------------------- loss and gradient of sparse targets, by formula
-#
-# They depend on a row's k kept logits and one log-sum-exp (sparse.py), a function of
-# few numbers. So G is p times the log-sum-exp's gradient, and k more numbers: one
-# softmax and one product of the size [n, V].
-
-
-def _is_plain(job) -> bool:
-    """Are the logits what the matrix product gives, with nothing done to them?"""
-    head = job.student_head
-    plain = head.softcap is None and head.scale == job.temperature == 1.0
-    return plain and job.labels is None
-
-
-def _by_kept(s, t, out, tokens, job) -> None:
-    step = max(1, KEPT_SLICE.get(s.device.type, 2**23) // s.shape[1])
-    for first in range(0, len(s), step):
-        rows = slice(first, first + step)
-        here = tokens.rows(rows)
-        indices = here.targets.indices.long()
-        kept, total, p = gathered(s[rows], indices, without_kept(here.targets))
-        here.per_token.copy_(job.of_kept(kept, total, here.targets))
-        if out is None:
-            continue
-        d_kept, d_total = job.kept_gradient(kept, total, here.targets)
-        d_kept, d_total = (here.weights[:, None] * d for d in (d_kept, d_total))
-        torch.mul(p, d_total, out=out[rows])
-        out[rows].scatter_add_(1, indices, d_kept.to(out.dtype))
-
-
-# ------------------------------------------------------------------------- arguments
-
-
 def _product_dtype(hidden) -> torch.dtype:
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return hidden.dtype
-
-
-def _seen(side, hidden, head) -> str:
-    seen = f"{side}_hidden {list(hidden.shape)} {hidden.dtype}"
-    return f"{seen}, {side}_head.weight {list(head.weight.shape)} {head.weight.dtype}"
-
-
-def _check_side(side, hidden, head) -> None:
-    seen = _seen(side, hidden, head)
-    if hidden.dim() != 2:
-        raise ArgumentError(seen, "select the response rows first: pass [N, H]")
-    if head.weight.dim() != 2 or head.weight.shape[1] != hidden.shape[1]:
-        raise ArgumentError(seen, "pass hidden [N, H] and weight [V, H], equal H")
-    if head.bias is not None and head.bias.shape != head.weight.shape[:1]:
-        raise ArgumentError(
-            f"{side}_head.bias {list(head.bias.shape)} with {seen}", "pass bias [V]"
-        )
-    autocast = torch.is_autocast_enabled(hidden.device.type)
-    if not hidden.is_floating_point() or (
-        hidden.dtype != head.weight.dtype and not autocast
-    ):
-        raise ArgumentError(seen, "cast one to the other's dtype, or use autocast")
-
-
-def _check_rows(others, theirs, tensors) -> None:
-    if len(tensors[0]) != len(theirs):
-        raise ArgumentError(
-            f"{len(tensors[0])} student rows, {others}",
-            "select the same response tokens, in the same order, from both views",
-        )
-    devices = {str(tensor.device) for tensor in tensors}
-    if len(devices) > 1:
-        raise ArgumentError(
-            f"tensors on {sorted(devices)}", "move both sides to one device"
-        )
-
-
-def _check_tokens(token_weights, labels, label_weights, hidden, head) -> None:
-    rows, vocab = len(hidden), len(head.weight)
-    for name, weights in (
-        ("token_weights", token_weights),
-        ("label_weights", label_weights),
-    ):
-        if weights is not None and weights.shape != (rows,):
-            raise ArgumentError(
-                f"{name} {list(weights.shape)} for {rows} rows",
-                "pass one weight a row of student_hidden",
-            )
-    if labels is None:
-        if label_weights is not None:
-            raise ArgumentError("label_weights without labels", "pass labels [N] too")
-        return
-    if labels.shape != (rows,) or labels.is_floating_point():
-        raise ArgumentError(
-            f"labels {list(labels.shape)} {labels.dtype} for {rows} rows",
-            "pass one token id a row of student_hidden",
-        )
-    low, high = torch.stack(labels.aminmax()).tolist() if rows else (0, 0)
-    if low < 0 or high >= vocab:
-        raise ArgumentError(
-            f"labels from {low} to {high}, but the student's vocabulary has {vocab}"
-            " tokens",
-            "select response rows first (there is no ignore_index), and use the"
-            " student's own tokenizer",
-        )
-
-
-def _check_numbers(temperature, student_head, teacher_head, workspace) -> None:
-    numbers = {"temperature": temperature, "workspace": workspace}
-    for side, head in (("student", student_head), ("teacher", teacher_head)):
-        if head is not None:
-            numbers |= {f"{side}_head.scale": head.scale}
-            numbers |= {f"{side}_head.softcap": head.softcap}
-    for name, value in numbers.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ArgumentError(f"{name} = {value}", "choose a finite number above 0")

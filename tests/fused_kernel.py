@@ -18,7 +18,7 @@ sys.path[:0] = map(str, (Path(__file__).parents[1], Path(__file__).parent))
 if sys.argv[1] == "compile":
     torch.cuda.is_available = lambda: True  # so that the kernel is defined
 
-from kdlib import fused, fused_kernel  # noqa: E402
+from kdlib import fused, fused_gradient, fused_kernel  # noqa: E402
 from kdlib.divergences import get_divergence  # noqa: E402
 from kdlib.heads import Head  # noqa: E402
 
@@ -148,11 +148,13 @@ def interpret():
 def elementwise(name, params, s, t, tolerance):
     """Losses and gradient from logits, without the products, against autograd."""
     results = []
-    for part in (fused_kernel.by_triton, fused._by_autograd):
+    for part in (fused_kernel.by_triton, fused_gradient.by_autograd):
         per_token, hard = torch.full((2, len(s)), torch.nan, dtype=s.dtype)
         weights = torch.tensor([1.0, 0.5, 2.0], dtype=s.dtype)
         labels = torch.tensor([20, 25, 32])
-        tokens = fused._Tokens(weights, per_token, weights.flip(0), labels, hard)
+        tokens = fused_gradient.Tokens(
+            weights, per_token, weights.flip(0), labels, hard
+        )
         out = torch.full_like(s, torch.nan)
         part(s.clone(), t.clone(), out, tokens, make_job(name, params))
         results.append((per_token, hard, out))
@@ -166,7 +168,7 @@ def equal_sides(name, params):
         return 0
     s = torch.randn(3, 33) * 4
     out, per_token = torch.empty_like(s), torch.empty(3)
-    tokens = fused._Tokens(torch.ones(3), per_token, None, None, None)
+    tokens = fused_gradient.Tokens(torch.ones(3), per_token, None, None, None)
     fused_kernel.by_triton(s, s.clone(), out, tokens, make_job(name, params))
     assert per_token.eq(0).all(), (name, params, per_token)
     assert out.abs().max() < 1e-6, (name, params, out)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kdlib import fused
+from kdlib import fused, fused_gradient
 from kdlib.divergences import DIVERGENCES, get_divergence
 from kdlib.errors import ArgumentError, ModelError
 from kdlib.fused import fused_divergence
@@ -242,7 +242,7 @@ def test_label_weights_are_1_by_default():
 
 
 def test_slices_smaller_than_a_chunk_change_nothing(monkeypatch):
-    monkeypatch.setitem(fused.SLICE, "cpu", 2 * 37)
+    monkeypatch.setitem(fused_gradient.SLICE, "cpu", 2 * 37)
     assert_equal_to_naive(Problem(), 1e-10, "generalized_jsd")
     assert_equal_to_naive(Problem(), 1e-10, "generalized_jsd", hard=True)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from test_fused import PARAMS, Recorder
 
-from kdlib import fused
+from kdlib import fused, fused_gradient
 from kdlib.divergences import DIVERGENCES, get_divergence
 from kdlib.errors import ArgumentError
 from kdlib.fused import fused_sparse_divergence
@@ -130,7 +130,7 @@ def test_chunks_and_slices_change_nothing(tail, shape, monkeypatch):
     for rows in (1, 2, 3):
         workspace = 5 * rows * fused._padded(VOCAB) * 8
         assert_its_meaning(problem, "forward_kl", False, workspace=workspace)
-    for slices in (fused.SLICE, fused.KEPT_SLICE):
+    for slices in (fused_gradient.SLICE, fused_gradient.KEPT_SLICE):
         monkeypatch.setitem(slices, "cpu", 2 * VOCAB)
     assert_its_meaning(problem, "forward_kl", False)
 

@@ -357,17 +357,18 @@ for fused in (False, True):
 # and plain torch's temporaries, of which a GPU's kernel needs none.
 
 # %%
-from kdlib import fused as fused_room
+from kdlib.fused import WORKSPACE
+from kdlib.fused_gradient import SLICE
 
 real = {}
-slices = dict(fused_room.SLICE)
-fused_room.SLICE["cpu"] = slices["cuda"]
+slices = dict(SLICE)
+SLICE["cpu"] = slices["cuda"]
 for name, fused in (("plain loss", False), ("fused loss", True)):
     with FakeTensorMode(), Ledger() as book:
-        space = fused_room.WORKSPACE["cuda"]
-        options = {"half": True, "fused": fused, "workspace": space}
+        options = {"half": True, "fused": fused}
+        options |= {"workspace": WORKSPACE["cuda"]}
         real[name] = one_step(preset, book, **options)
-fused_room.SLICE.update(slices)
+SLICE.update(slices)
 for name, stages in real.items():
     print(f"{name}: {sum(stages.values()) / GIB:.0f} GiB at most")
     for stage, size in stages.items():
