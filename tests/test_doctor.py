@@ -25,9 +25,12 @@ from kdlib.doctor import (
     from_labels,
     optimisation,
     report,
+    thresholds,
 )
 from kdlib.doctor import run as runs
+from kdlib.doctor.closed_form import Question
 from kdlib.doctor.finding import found
+from kdlib.doctor.gradient import examine_closed_form
 from kdlib.doctor.positions import examine_positions
 from kdlib.doctor.record import Record
 from kdlib.doctor.views import examine_views
@@ -204,6 +207,27 @@ def test_what_is_learnt_to_the_last_bit_needs_no_gradient(bench):
     count = int((batch.row_ids == 3).sum())
     assert finding.name == "tokens_without_gradient"
     assert finding.evidence.startswith(f"{count} of {len(batch.response_ids)} ")
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e5])
+def test_a_right_loss_may_round_its_log_sum_exp(offset):
+    rng = torch.Generator().manual_seed(0)
+    z = (2 * torch.randn(16, 64, generator=rng) + offset).requires_grad_()
+    teacher = 2 * torch.randn(16, 64, generator=rng)
+    (z.logsumexp(-1) - (teacher.softmax(-1) * z).sum(-1)).mean().backward()
+    question = Question(
+        logits=z.detach().double(),
+        gradient=z.grad.double(),
+        targets=teacher.double(),
+        ids=torch.zeros(16, dtype=torch.long),
+        objective=Objective(),
+        weights=torch.full((16,), 1 / 16, dtype=torch.float64),
+        others={},
+        moved={},
+        sizes={},
+        tolerance=thresholds.tolerance(z),
+    )
+    assert examine_closed_form(question) == []
 
 
 def test_rows_of_one_length_are_compared_token_by_token():
