@@ -806,7 +806,7 @@ print(" " * 27 + "".join(f"{name:>7}" for name in columns))
 def line(name, row, bytes_each=None):
     shown = f"{bytes_each:7.1f}" if bytes_each else " " * 7
     print(f"{name:27}{shown}{row['kl']:7.3f}{row['off']:7.3f}", end="")
-    print(f"{row['right']:7.2f}{100 * row['over']:7.1f}", end="")
+    print(f"{row['right']:7.2f}{100 * row['over']:z7.1f}", end="")
     print(f"{100 * row['ece']:7.1f}")
 
 
