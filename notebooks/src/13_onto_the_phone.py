@@ -638,7 +638,7 @@ sizes = {t.name: len(t.raw_data) for t in graph.initializer}
 largest = max(sizes, key=sizes.get)
 print(f"file {path.stat().st_size / 1e6:.2f} MB")
 print(f"numbers {sum(sizes.values()) / 1e6:.2f} MB")
-print(f"more than {len(graph.node) // 100} hundred operations")
+print(f"more than {len(graph.node) // 100 * 100} operations")
 vocabulary = [t for t in graph.initializer if len(tokenizer) in t.dims]
 print("matrices with a row for each token:", len(vocabulary))
 assert len(vocabulary) == 1
