@@ -14,7 +14,7 @@ TESTS := .venv/tests-$(call checksum,requirements*.txt constraints.txt)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart lab test check lint notebooks clean
+.PHONY: help quickstart lab test check lint colab outdated notebooks clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -36,13 +36,19 @@ lint: $(TESTS) ## lint, formatting, floors of the package
 	$(PY) -m ruff format --check
 	.venv/bin/lint-imports
 
+colab: ## run chapters, solutions and explorers with the versions that Colab has
+	$(PYTHON) tests/other_versions.py colab
+
+outdated: ## run the tests with the newest release of everything; LIST=1 only compares
+	$(PYTHON) tests/other_versions.py newest $(if $(LIST),--list) $(if $(KEEP),--keep $(KEEP))
+
 notebooks: $(TESTS) ## run the notebooks' sources and write the notebooks
 	$(PY) notebooks/build.py
 	$(PY) exercises/build.py
 	$(PY) notebooks/contents.py --write
 
 clean: ## remove .venv and every cache (runs/ and quickstart/ stay)
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf .venv .venv-colab .venv-newest .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	find . -name .ipynb_checkpoints -type d -prune -exec rm -rf {} +
 
