@@ -420,6 +420,11 @@ assert abs(1e8 * error.mean().item() - wanted) < 0.01
 # Chapter 6 follows that to its end, and finds what $T^2$ is for.
 #
 # ### The way from one end to the other
+#
+# The curves are of one place. Below them you can turn the temperature
+# yourself, there and at three other places. Predict first: which of the ten
+# likeliest tokens still gain at $T = 4$? And at which of the four places does
+# the entropy rise first?
 
 
 # %%
@@ -443,6 +448,22 @@ axes.set_ylabel("probability (log scale)")
 axes.set_title("Some tokens gain first and lose later", loc="left")
 axes.legend(frameon=False, fontsize=9)
 plt.show()
+
+# %%
+from kdlib.explorers.temperature import temperature
+
+told = batch.teacher.select(whole["teacher"])
+untold = batch.student.select(logits_of(teacher, batch.student))
+temperature(
+    tokenizer,
+    {
+        "with c, first token": told[0],
+        "with c, second token": told[1],
+        "without c, first token": untold[0],
+        "without c, second token": untold[1],
+    },
+    at=2.0,
+)
 
 # %% [markdown]
 # Exercise 2.3 asks which tokens gain at a given temperature. The answer is one

@@ -824,6 +824,28 @@ for name, share in found["teacher"].items():
 # $\log 12 = 2.5$ at most. It is nearly as bad as that, and the exact matches
 # agree.
 #
+# Now one answer, token by token, under a microscope. Both inputs stand above
+# each other, then both distributions, the loss and its gradient. Predict
+# first: which tokens of a long answer carry the loss of a teacher that was not
+# told the language? The first, or all alike?
+
+# %%
+from kdlib.explorers.microscope import microscope
+
+one = data.collator.collate([data.test[4]])
+view = one.student
+blank = models.build(data.tokenizer, **phone.STUDENT, seed=0).eval()
+students = {}
+for name, model in (("teacher without c", data.teacher), ("untrained", blank)):
+    with torch.no_grad():
+        students[name] = view.select(view.output_of(model).logits)
+microscope(data.tokenizer, one, live.targets(one), students)
+
+# %% [markdown]
+# The teacher without $c$ pays where the languages part: in this answer at its
+# first token, and hardly anywhere after it. The untrained student pays
+# everywhere.
+#
 # Training and measuring must both happen on $D'$. Chapter 7 measures what is
 # lost between $x$ and $x'$.
 #
@@ -1016,6 +1038,19 @@ plt.show()
 # everybody, so the first two stars stand over one another. The second
 # coordinate follows whose first word is counted. And the mode's loss has no
 # minimum: it goes down for ever towards `le mai`, certain of both.
+#
+# Start somewhere else, and go step by step. Predict first: for which of the
+# three does the start change where the path ends? And how far does the mode's
+# path still move after a hundred steps?
+
+# %%
+from kdlib.explorers.landscape import landscape
+
+landscape()
+
+# %% [markdown]
+# No start changes where the first two paths end: those losses are convex in
+# these two logits. The path of the mode passes by, and never ends.
 #
 # Both stars have a number above zero. Can it be brought to zero? No. Why that
 # is so, and by how much, is the last question.

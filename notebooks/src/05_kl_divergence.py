@@ -134,8 +134,7 @@ for name, context in (("sure", SURE), ("torn", TORN)):
 # Italian, `D` in German, `N` in Polish. Both distributions are right, given
 # what the teacher was told. A good student of the first is sure. A good
 # student of the second is torn as well.
-
-# %% [markdown]
+#
 # ## 1 · Cross-entropy is KL plus entropy
 #
 # Write $p_t$ and $p_s$ for the two next-token distributions. The
@@ -524,6 +523,16 @@ plt.show()
 # said by the teacher. Reverse KL **seeks**: its student says nothing wrong and
 # forgets half of what the teacher says. It also has two valleys, and which one
 # it ends in depends on where it starts.
+#
+# See it on a line. The teacher has two hills of unequal size, the student is
+# one bell with a middle and a width. Arrows show where the gradient sends it.
+# **Predict:** from which middles does reverse KL end on the *smaller* hill?
+# Can forward KL be made to end on one hill alone? Then try.
+
+# %%
+from kdlib.explorers.directions import directions
+
+directions()
 
 # %% [markdown]
 # ### The same on the real teacher
@@ -693,8 +702,7 @@ plt.show()
 # on the right. Who wants each word as likely as the teacher made it wants the
 # one beside the teacher. A student that remembers its first word needs neither
 # compromise.
-
-# %% [markdown]
+#
 # ### Students that are trained
 #
 # Real students are not tables. Does the same happen to a transformer? It can
@@ -918,7 +926,9 @@ torch.testing.assert_close(high, reverse, rtol=1e-3, atol=0)
 
 # %% [markdown]
 # The gradient does the same: its *direction* turns from one KL to the other,
-# and its *length* vanishes on the way to either.
+# and its *length* vanishes on the way to either. After the figure turn the
+# knob yourself. **Predict:** which of the two families tells its student less
+# at 0.1, and what does rescaling change?
 
 
 # %%
@@ -967,6 +977,11 @@ for ax in axes:
     ax.set_xlabel("beta or lam")
 figure.legend(loc="outside lower center", ncols=3, frameon=False)
 plt.show()
+
+# %%
+from kdlib.explorers.mixtures import mixtures
+
+mixtures(tokenizer, z_s, z_t)
 
 # %% [markdown]
 # The grey points are the two KLs. `kl_mix` arrives at them, and JSD does not:

@@ -449,6 +449,24 @@ axes.legend(frameon=False, fontsize=9, loc="upper left",
 plt.show()
 
 # %% [markdown]
+# ### As the context shrinks
+#
+# The student need not read all or nothing. Let it read the first words of its
+# instruction: each word that is cut makes more instructions look alike, and
+# what tells them apart becomes floor. **Predict:** which word matters most,
+# the language or the form? At how many words does the floor begin?
+
+# %%
+from kdlib.explorers.context import context as shrinking
+
+dates = localize.load_split("test", kinds=["date"])[:2]
+shrinking(teacher, collator, [datum.english for datum in dates])
+
+# %% [markdown]
+# The floor steps up where a word disappears that told two instructions apart,
+# and nowhere else. The teacher itself is a bad student of half an instruction:
+# it was never trained on one, and its recovery can be negative.
+#
 # ### When the contexts are a sample
 #
 # Two things change if the contexts in hand are a few of very many, such as

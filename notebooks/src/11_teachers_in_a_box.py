@@ -690,6 +690,16 @@ assert often < once / 3
 # Noise goes down with the root of the number of batches, a bias does not.
 # Adam averages over many batches; whether it averages enough is a question for
 # trained students.
+#
+# One token, where the teacher is most in doubt: choose how its tokens are
+# kept, and how many. **Predict:** for which $k$ is the zero tail's gradient
+# nearer to the true one than that of $k$ draws?
+
+# %%
+from kdlib.explorers.sparse import sparse as sparse_explorer
+
+doubt = ordered[:, 0].argmin()
+sparse_explorer(tokenizer, q[doubt], z[doubt])
 
 # %% [markdown]
 # ### On the GPU
