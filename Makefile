@@ -14,7 +14,7 @@ TESTS := .venv/tests-$(call checksum,requirements*.txt constraints.txt)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart lab test check lint colab outdated notebooks clean
+.PHONY: help quickstart lab test check lint colab outdated notebooks site clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -47,8 +47,11 @@ notebooks: $(TESTS) ## run the notebooks' sources and write the notebooks
 	$(PY) exercises/build.py
 	$(PY) notebooks/contents.py --write
 
-clean: ## remove .venv and every cache (runs/ and quickstart/ stay)
-	rm -rf .venv .venv-colab .venv-newest .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+site: $(TESTS) ## build the site of the course, to be read without a network
+	$(PY) docs/build.py _site
+
+clean: ## remove .venv, the site and every cache (runs/ and quickstart/ stay)
+	rm -rf .venv .venv-colab .venv-newest _site .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	find . -name .ipynb_checkpoints -type d -prune -exec rm -rf {} +
 

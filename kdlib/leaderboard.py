@@ -123,13 +123,19 @@ def render(rows: Sequence[Row]) -> str:
         for row in mine:
             cells = " ".join(f"{MARKS[v.status]:>2}" for v in row.verdicts)
             lines.append(f"  {row.loss:<{width}}  {cells}".rstrip())
-        said: dict[str, list[str]] = {}
-        for v in _verdicts(rows, library):
-            text = f"broken: {v.bug}" if v.status == FAILED else ""
-            if v.status == BY_DESIGN:
-                text = f"by design: {v.bug}; {v.note}"
-            if text and v.law not in said.setdefault(text, []):
-                said[text].append(v.law)
+        said = departures(rows, library)
         lines += [f"  law {', '.join(laws)} {text}" for text, laws in said.items()]
         lines += [f"  right: {credit}" for credit in CREDIT.get(library, ())]
     return "\n".join(lines)
+
+
+def departures(rows: Sequence[Row], library: str) -> dict[str, list[str]]:
+    """What a library breaks and does by design, in words, with the laws it is about."""
+    said: dict[str, list[str]] = {}
+    for v in _verdicts(rows, library):
+        text = f"broken: {v.bug}" if v.status == FAILED else ""
+        if v.status == BY_DESIGN:
+            text = f"by design: {v.bug}; {v.note}"
+        if text and v.law not in said.setdefault(text, []):
+            said[text].append(v.law)
+    return said
