@@ -3,8 +3,8 @@
     python docs/build.py [OUT]        into OUT/html, by default _site/html
 
 The pages are first written to OUT/source: the notebooks, pages made from result files,
-and a page for each room of the package. Then Sphinx makes them HTML. What has not changed
-since the last time is not made again.
+and a page for each room of the package. Then Sphinx makes them HTML. What has not
+changed since the last time is not made again.
 """
 
 from __future__ import annotations
