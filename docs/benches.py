@@ -59,6 +59,7 @@ def bars(groups: dict[str, dict[str, float]], label: str, form: str):
             axes.margins(x=0.12)
             axes.set_title(title, fontsize=11, loc="left")
         panels[-1].set_xlabel(label)
+        panels[-1].xaxis.set_major_formatter("{x:,.0f}")
     return figure
 
 
@@ -155,9 +156,9 @@ def train_page(facts: dict, name: str) -> tuple[str, dict]:
     lines = [
         f"# The training loop, on {device(facts)}",
         "",
-        f"{shapes['batch']} x {shapes['length']:,} tokens a step; the median of "
-        f"{facts['steps']} steps in each of {facts['rounds']} rounds, after "
-        f"{facts['warm_up']} to warm up.",
+        f"{shapes['batch']} x {shapes['length']:,} tokens a step. Medians of "
+        f"{facts['steps']} steps a round, after {facts['warm_up']} to warm up; "
+        f"rounds: {facts['rounds']}.",
         "",
         f"![Tokens a second of each row; the table below has the same numbers]"
         f"({name}_speed.png)",

@@ -149,7 +149,7 @@ def index(chapters: list[Chapter], pages: dict) -> str:
         "Exercises": of_folder(pages, "exercises/ch"),
         "Results": of_folder(pages, "results/", ordered=False),
         "Teaching and going on": of_folder(pages, "docs/"),
-        "The package": ["kdlib/index"],
+        "Reference": ["kdlib/index"],
         "Solutions": of_folder(pages, "exercises/solutions/"),
     }
     lines = []

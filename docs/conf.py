@@ -53,7 +53,10 @@ html_theme_options = {
     "repository_branch": "main",
     "use_repository_button": True,
     "launch_buttons": {"colab_url": "https://colab.research.google.com"},
-    "show_navbar_depth": 1,
+    # The rooms are listed on their own pages alone, and no page's sections: every page
+    # carries this list.
+    "collapse_navbar": True,
+    "max_navbar_depth": 2,
     "navbar_persistent": [],  # the sidebar has the search already
     "show_toc_level": 2,
 }
@@ -64,5 +67,7 @@ mathjax3_config = {"options": {"enableMenu": False}}
 
 
 def setup(app):
+    # Pages are read again when the way they are read has changed.
+    app.add_config_value("docstrings_are_read", docstrings.VERSION, "env")
     app.connect("autodoc-process-docstring", docstrings.process)
     app.connect("autodoc-skip-member", docstrings.skip)

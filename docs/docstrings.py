@@ -10,10 +10,14 @@ begins an entry, whose further lines are indented. Sphinx calls `process` and `s
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
-ENTRY = re.compile(r"(?P<label>\w[\w .,*'()-]{0,58}?): +(?P<text>\S.*)")
+VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+NAMES = r"\*{0,2}[a-z]\w*(?:, \*{0,2}[a-z]\w*)*"  # of parameters or fields
+ENTRY = re.compile(rf"(?P<label>{NAMES}|[A-Z][a-z]+): +(?P<text>\S.*)")
 BULLET = re.compile(r"[-*] |\d+\. ")
 
 
@@ -98,7 +102,7 @@ def label_of(label: str) -> str:
 
 def is_names(label: str) -> bool:
     """Names of parameters or fields, and not the first words of a sentence."""
-    return all(re.fullmatch(r"\*{0,2}[a-z]\w*", name) for name in label.split(", "))
+    return re.fullmatch(NAMES, label) is not None
 
 
 def inline(text: str) -> str:

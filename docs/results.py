@@ -7,6 +7,7 @@ stands here: a result file that changes changes its page.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 
 import benches
@@ -75,7 +76,7 @@ def ledger() -> str:
 
 def interval_of(claim: Claim) -> str:
     interval = claim.interval()
-    text = str(interval).replace(" ", "\N{NO-BREAK SPACE}")
+    text = str(interval).replace(", ", ",\N{NO-BREAK SPACE}")
     if claims.side(interval) == claims.NOT_SHOWN:
         return f"{text}<br>not shown"
     return f"**{text}**"
@@ -164,6 +165,8 @@ def of_library(library: str, rows: list[Row], facts: dict) -> list[str]:
 
 # --- The doctor ---
 
+ISSUE = re.compile(r"([\w.-]+/[\w.-]+)#(\d+)")
+
 
 def doctor() -> str:
     facts = read("doctor_confusion.json")
@@ -171,7 +174,7 @@ def doctor() -> str:
         "# The doctor's table",
         "",
         "`python -m kdlib doctor` names what is wrong with a batch or a run. Here it "
-        "was shown faults that were made on purpose, each as it was seen somewhere, "
+        "was shown faults that were made on purpose, with where such a fault was seen, "
         "and healthy batches and runs, of which it must say nothing.",
         "",
         made_by(facts),
@@ -188,7 +191,7 @@ def doctor() -> str:
             f"named; nothing found in {tally[False, True]} of "
             f"{tally[False, True] + tally[False, False]} healthy ones.",
             "",
-            table(["case", "seen in", "what the doctor says"], map(case_line, mine)),
+            table(["case", "what the doctor says"], map(case_line, mine)),
         ]
     return "\n".join(lines)
 
@@ -198,4 +201,5 @@ def case_line(row: dict) -> list[str]:
     if row["found"] != row["expected"]:
         wanted = ", ".join(row["expected"]).replace("_", " ") or "nothing"
         says = f"**{says}**; right: {wanted}"
-    return [row["case"], row["seen"], says]
+    seen = ISSUE.sub(r"[\g<0>](https://github.com/\1/issues/\2)", row["seen"])
+    return [f"{row['case']}<br>{seen}" if seen else row["case"], says]

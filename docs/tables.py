@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 
@@ -14,7 +15,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def cell(text: str) -> str:
-    return " ".join(str(text).split()).replace("|", "\\|")
+    """On one line; a no-break space stays one."""
+    return re.sub(r"[ \n]+", " ", text).strip().replace("|", "\\|")
 
 
 def made_by(facts: dict) -> str:
