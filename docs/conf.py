@@ -33,6 +33,7 @@ nb_mime_priority_overrides = [
 nb_ipywidgets_js = {}
 
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True  # as they are written
 autodoc_inherit_docstrings = False  # those of torch are another project's
 # Two rooms have a class of the same name; an annotation that names it gets no link.
 suppress_warnings = ["ref.python"]
@@ -45,6 +46,7 @@ python_maximum_signature_line_length = 72
 html_theme = "sphinx_book_theme"
 html_title = "Knowledge distillation for language models"
 html_static_path = ["_static"]
+html_favicon = "_static/icon.svg"
 html_css_files = ["site.css"]
 html_show_sphinx = False
 html_context = {"default_mode": "auto"}  # light or dark, as the reader's system is

@@ -1,4 +1,4 @@
-"""One Chromium for all tests of this folder; it comes from the system."""
+"""One Chromium for the tests of a file; it comes from the system."""
 
 from __future__ import annotations
 
@@ -18,18 +18,21 @@ OPTIONS = [
 ]
 
 
-@pytest.fixture(scope="session")
-def chromium():
-    """The browser, without a window. KD_BROWSER=required fails where there is none."""
-    path = next(filter(None, map(shutil.which, NAMES)), None)
-    if path is None:
-        reason = f"no browser is installed: {', '.join(NAMES)}"
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, driven by playwright.
+
+    Where it is missing the tests are skipped, or fail if KD_BROWSER=required.
+    """
+    program = next(filter(None, map(shutil.which, NAMES)), None)
+    if program is None:
+        missing = "no Chromium (on Debian: apt-get install chromium)"
         if os.environ.get("KD_BROWSER") == "required":
-            pytest.fail(f"{reason}, and KD_BROWSER=required asks for one")
-        pytest.skip(reason)
+            pytest.fail(f"{missing}, and KD_BROWSER=required")
+        pytest.skip(missing)
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=OPTIONS)
-        yield browser
-        browser.close()
+        one = playwright.chromium.launch(executable_path=program, args=OPTIONS)
+        yield one
+        one.close()

@@ -36,7 +36,7 @@ def build(out: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The folder html/ of a fresh build; its path has a space."""
     out = tmp_path_factory.mktemp("the site")
@@ -66,7 +66,7 @@ class Page(HTMLParser):
                 self.loads.append(found[name])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pages(site):
     """Every page, by its place on the site."""
     paths = sorted(p for p in site.rglob("*.html") if "_static" not in p.parts)
@@ -216,7 +216,7 @@ class Quiet(SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(site):
     handler = functools.partial(Quiet, directory=str(site))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as found:
@@ -237,7 +237,7 @@ LOOK = """async (smallest) => {
   for (let node = walker.nextNode(); node; node = walker.nextNode()) {
     const inside = node.parentElement;
     const box = inside.getBoundingClientRect();
-    if (!node.data.trim() || !box.width || inside.closest("script, style")) continue;
+    if (!node.data.trim() || !box.width || inside.closest("script, style, .headerlink")) continue;
     if (!inside.closest("pre, code") && /\\$\\$|\\\\[([]|\\\\[a-z]{2}/.test(node.data))
       raw.push(node.data.trim().slice(0, 60));
     if (!inside.closest("mjx-container") &&
@@ -255,10 +255,10 @@ LOOK = """async (smallest) => {
 }"""
 
 
-@pytest.fixture(scope="session")
-def visits(chromium, server, pages):
+@pytest.fixture(scope="module")
+def visits(browser, server, pages):
     """Of every page, opened at a phone's width: what went wrong, and what is seen."""
-    context = chromium.new_context(viewport=PHONE)
+    context = browser.new_context(viewport=PHONE)
     tab, found = context.new_page(), {}
     errors: list[str] = []
 
@@ -332,8 +332,8 @@ def test_every_picture_is_there(visits):
         ("forward_kl", "kdlib.divergences"),
     ],
 )
-def test_the_search_finds(words, title, chromium, server):
-    tab = chromium.new_page()
+def test_the_search_finds(words, title, browser, server):
+    tab = browser.new_page()
     try:
         tab.goto(f"{server}search.html?q={words.replace(' ', '+')}")
         tab.wait_for_selector("#search-results ul.search li a", timeout=20_000)
