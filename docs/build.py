@@ -17,7 +17,8 @@ from pathlib import Path
 
 import nbformat
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / x) for x in ("", "notebooks")]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = map(str, (HERE, HERE.parent, HERE.parent / "notebooks"))
 
 import contents  # noqa: E402
 import reference  # noqa: E402

@@ -72,4 +72,5 @@ def setup(app):
     # Pages are read again when the way they are read has changed.
     app.add_config_value("docstrings_are_read", docstrings.VERSION, "env")
     app.connect("autodoc-process-docstring", docstrings.process)
+    app.connect("autodoc-process-signature", docstrings.signature)
     app.connect("autodoc-skip-member", docstrings.skip)

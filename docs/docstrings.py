@@ -5,7 +5,8 @@ stands; and a line such as
 
     temperature: of both sides, above 0
 
-begins an entry, whose further lines are indented. Sphinx calls `process` and `skip`.
+begins an entry, whose further lines are indented. Sphinx calls `process`, `skip` and
+`signature`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,14 @@ def skip(app, what, name, obj, skipped, options) -> bool | None:
     """
     written = getattr(obj, "__doc__", None) or ""
     return True if written.startswith("Alias for field number") else None
+
+
+def signature(app, what, name, obj, options, written, returned):
+    """Of the event autodoc-process-signature: a dataclass's made default is `...`.
+
+    Python writes it as <factory>, which no signature can hold.
+    """
+    return (written or "").replace("<factory>", "...") or None, returned
 
 
 def to_rst(lines: list[str]) -> list[str]:

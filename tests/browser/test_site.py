@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import re
 import subprocess
@@ -18,15 +19,16 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "notebooks"))
-import contents  # noqa: E402
+spec = importlib.util.spec_from_file_location("site_build", ROOT / "docs" / "build.py")
+make = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make)
 
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"][
     "kdlib"
 ]["repository"]
 PHONE = {"width": 390, "height": 844}
 SMALLEST = 14  # pixels
-CHAPTERS = contents.chapters()
+CHAPTERS = make.contents.chapters()
 
 pytestmark = pytest.mark.slow
 
@@ -182,15 +184,16 @@ def test_the_result_pages_say_what_the_result_files_say(site):
 def test_an_explorer_is_shown_as_its_picture_with_words(tmp_path):
     from sphinx.cmd.build import main as sphinx
 
-    sys.path.insert(0, str(ROOT / "docs"))
-    from build import WIDGET, notebook
-
     pixel = (
         "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6k"
         "gAAAABJRU5ErkJggg=="
     )
     view = {"version_major": 2, "version_minor": 0, "model_id": "0" * 32}
-    data = {WIDGET: view, "image/png": pixel, "text/plain": "<explorer: x. What is x?>"}
+    data = {
+        make.WIDGET: view,
+        "image/png": pixel,
+        "text/plain": "<explorer: x. What is x?>",
+    }
     output = nbformat.v4.new_output("display_data", data)
     cells = [
         nbformat.v4.new_markdown_cell("# One explorer"),
@@ -199,8 +202,7 @@ def test_an_explorer_is_shown_as_its_picture_with_words(tmp_path):
     made = nbformat.read(ROOT / "notebooks" / f"{CHAPTERS[0].name}.ipynb", as_version=4)
     made.cells = cells
     nbformat.write(made, tmp_path / "index.ipynb")
-    shown = notebook(tmp_path / "index.ipynb")
-    nbformat.write(shown, tmp_path / "index.ipynb")
+    nbformat.write(make.notebook(tmp_path / "index.ipynb"), tmp_path / "index.ipynb")
     places = [ROOT / "docs", tmp_path, tmp_path / "html"]
     assert sphinx(["-q", "-W", "-c", *map(str, places)]) == 0
     page = (tmp_path / "html" / "index.html").read_text("utf-8")
@@ -212,6 +214,12 @@ def test_an_explorer_is_shown_as_its_picture_with_words(tmp_path):
 
 
 class Quiet(SimpleHTTPRequestHandler):
+    """Without a log; what pages share, MathJax above all, is asked for once."""
+
+    def end_headers(self):
+        self.send_header("Cache-Control", "max-age=600")
+        super().end_headers()
+
     def log_message(self, *args):
         pass
 
@@ -237,7 +245,8 @@ LOOK = """async (smallest) => {
   for (let node = walker.nextNode(); node; node = walker.nextNode()) {
     const inside = node.parentElement;
     const box = inside.getBoundingClientRect();
-    if (!node.data.trim() || !box.width || inside.closest("script, style, .headerlink")) continue;
+    if (!node.data.trim() || !box.width) continue;
+    if (inside.closest("script, style, .headerlink")) continue;
     if (!inside.closest("pre, code") && /\\$\\$|\\\\[([]|\\\\[a-z]{2}/.test(node.data))
       raw.push(node.data.trim().slice(0, 60));
     if (!inside.closest("mjx-container") &&
@@ -270,13 +279,17 @@ def visits(browser, server, pages):
         if response.status >= 400:
             errors.append(f"{response.status} for {response.url}")
 
+    def failed(request):
+        if request.failure != "net::ERR_ABORTED":  # by our going on to the next page
+            errors.append(f"{request.failure}: {request.url}")
+
     def said(message):
         if message.type == "error":
             errors.append(message.text)
 
     tab.on("request", requested)
     tab.on("response", answered)
-    tab.on("requestfailed", lambda request: errors.append(f"failed: {request.url}"))
+    tab.on("requestfailed", failed)
     tab.on("console", said)
     tab.on("pageerror", lambda error: errors.append(str(error)))
     for name in pages:
