@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -219,9 +220,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = ["-q", "-W", "--keep-going", "-j", "auto", "-b", "html"]
     places = ["-c", DOCS, "-d", out / "doctrees", out / "source", out / "html"]
     status = sphinx([*options, *map(str, places)])
-    if status == 0:
-        print(f"The site is built. Open it in a browser: {out / 'html' / 'index.html'}")
-    return status
+    if status:
+        # Sphinx does not repeat what it said of a page that has not changed.
+        shutil.rmtree(out / "doctrees", ignore_errors=True)
+        return status
+    print(f"The site is built. Open it in a browser: {out / 'html' / 'index.html'}")
+    return 0
 
 
 if __name__ == "__main__":
