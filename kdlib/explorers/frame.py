@@ -45,6 +45,7 @@ class Explorer:
     figure:   made by `new_figure`
     moving:   its artists that `draw` changes, the lowest first
     draw:     draw(**values) changes them, and says in words what is to be seen
+    buttons:  of `buttons`, where something is to be started
 
     Raises ArgumentError where there is no control.
     """
@@ -57,6 +58,7 @@ class Explorer:
         figure: Figure,
         moving: Sequence[Artist],
         draw: Callable[..., str],
+        buttons: Widget | None = None,
     ):
         import ipywidgets
 
@@ -77,6 +79,7 @@ class Explorer:
             [
                 ipywidgets.HTML(f"<b>{html.escape(question, quote=False)}</b>"),
                 *self.controls.values(),
+                *([] if buttons is None else [buttons]),
                 self.words,
                 self.picture,
             ],
@@ -198,11 +201,30 @@ def slider(label: str, options, value):
 
 
 def menu(label: str, options, value=None):
-    """A drop-down over values, or (text, value) pairs."""
+    """A choice among values, or (text, value) pairs.
+
+    It is a slider too: JupyterLab takes the arrow keys from a drop-down and goes to
+    the next cell.
+    """
+    return slider(label, options, first_of(options) if value is None else value)
+
+
+def first_of(options):
+    first = options[0]
+    return first[1] if isinstance(first, tuple) else first
+
+
+def buttons(names: Sequence[str], press: Callable[[str], None]):
+    """A row of buttons; press(name) is called.
+
+    None is ever switched off: the keyboard's place would be lost with it.
+    """
     import ipywidgets
 
-    given = {} if value is None else {"value": value}
-    return ipywidgets.Dropdown(options=options, description=label, **given, **_wide())
+    row = [ipywidgets.Button(description=name) for name in names]
+    for one in row:
+        one.on_click(lambda button: press(button.description))
+    return ipywidgets.HBox(row)
 
 
 def switch(label: str, value: bool = False):

@@ -1,4 +1,4 @@
-"""One Chromium for the tests of a file; it comes from the system."""
+"""One Chromium, and one JupyterLab, for the tests of a file."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 
 import pytest
+from lab import ROOT, Lab, Student
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 OPTIONS = [
@@ -36,3 +37,29 @@ def browser():
         one = playwright.chromium.launch(executable_path=program, args=OPTIONS)
         yield one
         one.close()
+
+
+@pytest.fixture(scope="module")
+def lab(browser, tmp_path_factory):
+    """It starts after the browser was found, or not at all."""
+    one = Lab(tmp_path_factory.mktemp("lab"))
+    yield one
+    one.stop()
+
+
+@pytest.fixture
+def open_notebook(browser, lab):
+    """A function: a notebook's path -> a Student who has a copy of it open."""
+    context = browser.new_context(viewport={"width": 1100, "height": 1000})
+    opened = []
+
+    def one(path):
+        if path.parent != lab.folder:
+            shutil.copy(ROOT / path, lab.folder)
+        opened.append(Student(context, lab, path.name))
+        return opened[-1]
+
+    yield one
+    for student in opened:
+        student.close()
+    context.close()
