@@ -36,16 +36,18 @@ from pathlib import Path
 
 REPOSITORY = "https://github.com/kdlib/kdlib.git"
 if importlib.util.find_spec("kdlib") is None:
-    here = [Path.cwd(), *Path.cwd().parents]
-    clones = (p for p in here if (p / "kdlib" / "errors.py").exists())
-    root = next(clones, None)
-    if root is None:  # neither installed nor inside a clone
-        root = Path("kdlib-course")
+    here = [Path.cwd(), *Path.cwd().parents, Path("kdlib-course")]
+    clones = [p for p in here if (p / "kdlib" / "errors.py").exists()]
+    if not clones:  # neither installed nor inside a clone
         source = os.environ.get("KD_REPO", REPOSITORY)
-        if not root.exists():
-            command = ["git", "clone", "--depth=1", source, str(root)]
-            subprocess.run(command, check=True)
-    sys.path.insert(0, str(root.resolve()))
+        command = f'git clone --depth=1 "{source}" kdlib-course'
+        failed, said = subprocess.getstatusoutput(command)
+        if failed:
+            way_out = "Needed: git and a network (Kaggle: Settings, Internet)."
+            way_out += " Delete kdlib-course if it is here. Run this again."
+            raise SystemExit(f"{command}\n{said}\n{way_out}")
+        clones = [Path("kdlib-course")]
+    sys.path.insert(0, str(clones[0].resolve()))
 
 import kdlib
 
