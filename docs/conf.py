@@ -35,8 +35,6 @@ nb_ipywidgets_js = {}
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True  # as they are written
 autodoc_inherit_docstrings = False  # those of torch are another project's
-# Two rooms have a class of the same name; an annotation that names it gets no link.
-suppress_warnings = ["ref.python"]
 # The kernel's room is read on systems for which there is no Triton as well.
 autodoc_mock_imports = [
     name for name in ("triton",) if importlib.util.find_spec(name) is None
@@ -74,3 +72,4 @@ def setup(app):
     app.connect("autodoc-process-docstring", docstrings.process)
     app.connect("autodoc-process-signature", docstrings.signature)
     app.connect("autodoc-skip-member", docstrings.skip)
+    app.connect("doctree-read", docstrings.link_types)

@@ -5,16 +5,18 @@ stands; and a line such as
 
     temperature: of both sides, above 0
 
-begins an entry, whose further lines are indented. Sphinx calls `process`, `skip` and
-`signature`.
+begins an entry, whose further lines are indented. Sphinx calls the first functions.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from sphinx.addnodes import pending_xref
 
 VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 NAMES = r"\*{0,2}[a-z]\w*(?:, \*{0,2}[a-z]\w*)*"  # of parameters or fields
@@ -42,6 +44,22 @@ def signature(app, what, name, obj, options, written, returned):
     Python writes it as <factory>, which no signature can hold.
     """
     return (written or "").replace("<factory>", "...") or None, returned
+
+
+def link_types(app, doctree) -> None:
+    """Of the event doctree-read: a type's name links to what it names in its module.
+
+    Sphinx would take any object of that name, in whatever room.
+    """
+    for reference in doctree.findall(pending_xref):
+        module = sys.modules.get(reference.get("py:module"))
+        name = reference["reftarget"]
+        if reference["refdomain"] == "py" and module and "." not in name:
+            found = getattr(module, name, None)
+            if isinstance(found, type) and found.__module__.startswith("kdlib"):
+                reference["reftarget"] = f"{found.__module__}.{found.__qualname__}"
+            else:
+                reference.replace_self(reference.children)
 
 
 def to_rst(lines: list[str]) -> list[str]:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from pathlib import Path
 
+from docstrings import inline, to_rst
 from places import PROJECT, ROOT
+
+from kdlib.laws import LAWS
+from kdlib.laws.frame import Law
 
 # The checkers of the chapters hold the answers.
 LEFT_OUT = re.compile(r"ch\d\d|__main__|_.*")
@@ -40,8 +45,19 @@ def parts(room: str) -> list[str]:
 def page(room: str) -> str:
     lines = section(f"kdlib.{room}", "=")
     for part in parts(room):
-        lines += section(f"kdlib.{room}.{part}", "-")
+        module = f"kdlib.{room}.{part}"
+        lines += section(module, "-")
+        for law in LAWS.values():
+            if law.question.__module__ == module:
+                lines += of_law(law)
     return "\n".join(lines)
+
+
+def of_law(law: Law) -> list[str]:
+    """A law is no function any more, but it keeps the docstring of one."""
+    heading = f"Law {law.number}: {law.title}"
+    said = to_rst((inspect.getdoc(law.question) or "").splitlines())
+    return [inline(heading), "~" * 2 * len(heading), "", *said]
 
 
 def section(module: str, underline: str) -> list[str]:
