@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import html
 import importlib.util
 import json
 import re
@@ -179,6 +180,19 @@ def test_the_result_pages_say_what_the_result_files_say(site):
         (line,) = re.findall(rf"<tr[^>]*><td[^>]*><p>{loss}</p>.*?</tr>", board, re.S)
         cells = re.findall(r"<td.*?</td>", line, re.S)[1:]
         assert [re.sub(r"<[^>]+>|\s", "", cell) for cell in cells] == marks
+
+
+def test_the_reference_shows_the_laws_and_links_types_to_what_they_are(site, pages):
+    from kdlib.laws import LAWS
+
+    text = html.unescape(re.sub("<[^>]+>", "", text_of(site, "kdlib/laws.html")))
+    text = text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")  # Sphinx sets it
+    for number, law in LAWS.items():
+        assert f"Law {number}: {law.title}" in text
+    links = pages["kdlib/train.html"].links
+    assert "teachers.html#kdlib.teachers.Teacher" in links
+    # The annotation Logits is an alias there; onnx_model has a class of that name.
+    assert not any("Logits" in link for link in pages["kdlib/divergences.html"].links)
 
 
 def test_an_explorer_is_shown_as_its_picture_with_words(tmp_path):
