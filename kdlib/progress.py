@@ -16,7 +16,7 @@ from kdlib.errors import DataError
 RIGHT, TRIED, OPEN = "right", "tried", "open"
 LEFT_OUT = ("solutions", ".ipynb_checkpoints", ".venv")
 
-_CHECK = re.compile(r'^checks\.check\("(\d+\.\d+)", (\w+)\)', re.M)
+CHECK = re.compile(r'^checks\.check\("(\d+\.\d+)", (\w+)\)', re.M)
 _TASK = re.compile(r"^\*\*(\d+\.\d+)\*\* · .* · (\d+) minutes · \d+ points$", re.M)
 _SAID = re.compile(
     r"^(\d+\.\d+) \w+: (not attempted|raised|wrong|right)"
@@ -108,7 +108,7 @@ def _read(path: Path) -> list[Question]:
     minutes = {key: int(value) for key, value in _TASK.findall("\n\n".join(sources))}
     found, start = [], 0
     for place, source in enumerate(sources):
-        check = _CHECK.search(source)
+        check = CHECK.search(source)
         if check and cells[place]["cell_type"] == "code":
             id, name = check.groups()
             mine = range(start, place)

@@ -34,6 +34,8 @@ class Attempt:
              "late", what it was still doing
     edited:  the number of the first argument that it changed, or None
     printed: the start of its output
+    wrote:   how many characters it put out in all, and how many of them on stderr
+    seconds: of computing that it took
     """
 
     value: object = None
@@ -41,19 +43,39 @@ class Attempt:
     error: str = ""
     edited: int | None = None
     printed: str = ""
+    wrote: tuple[int, int] = (0, 0)
+    seconds: float = 0.0
 
 
-def attempt(function: Callable, arguments: tuple) -> Attempt:
-    """Call `function` on a copy of `arguments`."""
+class Elsewhere:
+    """A student's function in another process, as an instructor's grader has it."""
+
+    def __call__(self, *arguments: object) -> Attempt:
+        """What a call with these arguments did, over there."""
+        raise NotImplementedError
+
+    def put(self, loss: Callable) -> Attempt:
+        """What it did with a loss of kdlib.checks.losses (suite.put, over there)."""
+        raise NotImplementedError
+
+
+def attempt(
+    function: Callable, arguments: tuple, seconds: float | None = None
+) -> Attempt:
+    """Call `function` on a copy of `arguments`, for SECONDS if not told otherwise."""
+    if isinstance(function, Elsewhere):
+        return function(*arguments)
     given = copy.deepcopy(arguments)
     out = _Start()
+    err = _Start(out)  # any stderr costs all points in nbgrader
     value, failure, error = None, None, ""
+    begin = time.thread_time()
     try:
         with (
             contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(out),  # any stderr costs all points in nbgrader
+            contextlib.redirect_stderr(err),
             warnings.catch_warnings(),
-            _time_limit(),
+            _time_limit(SECONDS if seconds is None else seconds),
         ):
             warnings.simplefilter("ignore")
             value = function(*given)
@@ -68,9 +90,11 @@ def attempt(function: Callable, arguments: tuple) -> Attempt:
             failure = "not written"
         else:
             failure, error = "raised", _describe(raised, own)
+    seconds = time.thread_time() - begin
     pairs = enumerate(zip(given, arguments, strict=True))
     edited = next((i for i, (now, was) in pairs if not _equal(now, was)), None)
-    return Attempt(value, failure, error, edited, out.text)
+    wrote = (out.length, err.length)
+    return Attempt(value, failure, error, edited, out.text, wrote, seconds)
 
 
 class _Late(BaseException):
@@ -81,7 +105,7 @@ _OURS = (__file__, contextlib.__file__)
 
 
 @contextlib.contextmanager
-def _time_limit() -> Iterator[None]:
+def _time_limit(seconds: float) -> Iterator[None]:
     """Raise _Late in the block; where there is no such signal, let it run on.
 
     What counts is the processor time of this thread. A clock on the wall would call a
@@ -107,8 +131,8 @@ def _time_limit() -> Iterator[None]:
         before = now
         # Not while this block is being left: only where the student's code runs.
         if frame is None or frame.f_code.co_filename not in _OURS:
-            if computed > SECONDS:
-                raise _Late(f"It did not come back within {SECONDS:g} seconds.")
+            if computed > seconds:
+                raise _Late(f"It did not come back within {seconds:g} seconds.")
             if waited > WAITING:
                 raise _Late(f"It still waits for something after {WAITING:g} seconds.")
 
@@ -133,12 +157,15 @@ def _imports(frame) -> bool:
 
 
 class _Start(io.TextIOBase):
-    """A stream that keeps its first characters and forgets the rest."""
+    """A stream that keeps its first characters, counts and forgets the rest."""
 
-    def __init__(self):
-        self.text = ""
+    def __init__(self, into: _Start | None = None):
+        self.text, self.length, self.into = "", 0, into
 
     def write(self, text: str) -> int:
+        self.length += len(text)
+        if self.into is not None:
+            return self.into.write(text)
         if len(self.text) <= KEPT:
             self.text += text[: KEPT + 1]
         return len(text)
