@@ -31,8 +31,10 @@ from instructor import confine, wire
 from kdlib import checks
 from kdlib.checks import attempt, losses, suite
 
-CELL_SECONDS = 20.0  # of computing, for one cell
+CELL_SECONDS = 10.0  # of computing, for one cell
 ROOM_SECONDS = 300  # of computing, for all that a student handed in
+GRACE = 10.0  # of computing beyond a limit: code that catches every exception goes on
+STUBBORN = 124  # the exit code of a process that such code was ended in
 WAITING = 60.0  # of waiting, for a call or a cell
 MEMORY = 2 << 30
 WATCHED = ("exercises/solutions", "data/checks", "kdlib/checks/ch", "wrong_answers")
@@ -108,6 +110,7 @@ def _live(connection: Connection, stand: list[str]) -> None:
     module.__builtins__ = builtins  # C code that imports looks for it there
     sys.modules["__main__"] = module
     sys.stdin = open(os.devnull)
+    signal.signal(signal.SIGPROF, lambda *_: os._exit(STUBBORN))
     saw: set[str] = set()
     sys.addaudithook(_witness(saw))
     connection.send_bytes(wire.dumps({"stand": stand}))
@@ -118,6 +121,8 @@ def _live(connection: Connection, stand: list[str]) -> None:
         except EOFError:
             return
         what = request["do"]
+        limit = CELL_SECONDS if what == "cell" else attempt.SECONDS
+        signal.setitimer(signal.ITIMER_PROF, limit + GRACE)
         if what == "look":
             held = module.__dict__.get(request["name"])
             known = request["name"] in module.__dict__
@@ -126,6 +131,7 @@ def _live(connection: Connection, stand: list[str]) -> None:
                 reply["value"] = wire.encode(held)
         else:
             reply = _told(_done(what, request, held, module))
+        signal.setitimer(signal.ITIMER_PROF, 0)
         answer = wire.dumps({**reply, "saw": sorted(saw)})
         if len(answer) > wire.LARGEST:
             answer = wire.dumps({"too large": type(held).__name__})

@@ -27,7 +27,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from instructor import wire
-from instructor.inside import WAITING
+from instructor.inside import STUBBORN, WAITING
 from kdlib.checks import losses
 from kdlib.checks.attempt import KEPT, Attempt, Elsewhere
 from kdlib.errors import ArgumentError, StorageError
@@ -176,6 +176,8 @@ class Room(contextlib.AbstractContextManager):
             code = None
         if code is None:
             return "its process ended"
+        if code == STUBBORN:
+            return "it would not stop when its time was up"
         if code >= 0:
             return f"its process ended with exit code {code}"
         return f"its process was ended by signal {-code}"
