@@ -15,6 +15,7 @@ runs nothing itself.
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -36,8 +37,10 @@ from nbgrader.preprocessors import (
 )
 from traitlets.config import Config
 
+from instructor.cells import grade_id
 from kdlib.errors import DataError
 from kdlib.ledger import write_text
+from kdlib.progress import TASK
 
 ROOT = Path(__file__).resolve().parents[1]
 EXERCISES = ROOT / "exercises"
@@ -83,16 +86,41 @@ def config(course: Path) -> Config:
     return found
 
 
-def release(course: Path, chapter: str) -> Path:
-    """The student's notebook of a chapter; enters its questions into the gradebook."""
-    notebook = EXERCISES / f"{chapter}.ipynb"
-    if not notebook.exists():
+def public(chapter: str) -> NotebookNode:
+    """The exercises as the repository has them. Raises DataError for no such chapter."""
+    path = EXERCISES / f"{chapter}.ipynb"
+    if not path.exists():
         known = ", ".join(sorted(path.stem for path in EXERCISES.glob("ch*.ipynb")))
         raise DataError(f"there are no exercises for {chapter}", f"use one of {known}")
+    return nbformat.read(path, as_version=4)
+
+
+def assignment(chapter: str) -> NotebookNode:
+    """The exercises as a class gets them: with the hints, without the solutions' call.
+
+    Raises DataError for a chapter without exercises.
+    """
+    notebook = public(chapter)
+    for cell in notebook.cells:
+        if not grade_id(cell):
+            text = re.sub(r"(a hint|hints)\s+and\s+the\s+solution", r"\1", cell.source)
+            cell.source = re.sub(r"\n# checks\.solution\(.*\)$", "", text)
+    return notebook
+
+
+def stated_minutes(notebook: NotebookNode) -> dict[str, int]:
+    """question -> the minutes that its text names"""
+    text = "\n\n".join(cell.source for cell in notebook.cells)
+    return {id: int(minutes) for id, minutes in TASK.findall(text)}
+
+
+def release(course: Path, chapter: str) -> Path:
+    """The student's notebook of a chapter; enters its questions into the gradebook."""
+    notebook = assignment(chapter)
     course.mkdir(parents=True, exist_ok=True)
     source = course / "source" / chapter / f"{chapter}.ipynb"
     source.parent.mkdir(parents=True, exist_ok=True)
-    write_text(source, notebook.read_text(encoding="utf-8"))
+    write_text(source, nbformat.writes(notebook) + "\n")
     if not (course / "nbgrader_config.py").exists():
         write_text(course / "nbgrader_config.py", CONFIG)
     (course / "submitted").mkdir(exist_ok=True)

@@ -7,6 +7,7 @@ import functools
 import re
 from collections import Counter
 from dataclasses import dataclass
+from datetime import datetime
 
 from nbformat import NotebookNode
 
@@ -85,3 +86,27 @@ def code(source: str) -> str:
 def bare(text: str) -> str:
     """Without the blanks that editors add and take away."""
     return "\n".join(line.rstrip() for line in text.strip().splitlines())
+
+
+PAUSE = 15  # minutes without a cell being run: no work is counted then
+
+
+def minutes(notebook: NotebookNode) -> float | None:
+    """Minutes at work, at least; None where Jupyter did not record any.
+
+    JupyterLab writes the time of each cell's last run where "Record timing" is set.
+    Time before the first one, and longer pauses, are not in it.
+    """
+    found = []
+    for cell in notebook.cells:
+        timing = cell.metadata.get("execution")
+        text = timing.get("iopub.execute_input") if isinstance(timing, dict) else None
+        try:
+            found.append(datetime.fromisoformat(str(text).replace("Z", "+00:00")))
+        except ValueError:
+            continue
+    if len(found) < 2:
+        return None
+    found = sorted(when.timestamp() for when in found)
+    gaps = [(b - a) / 60 for a, b in zip(found, found[1:], strict=False)]
+    return round(sum(gap for gap in gaps if gap <= PAUSE), 1)

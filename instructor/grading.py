@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 from nbformat import NotebookNode, v4
 
 from instructor import tampering
-from instructor.cells import Remark, grade_id
+from instructor.cells import Remark, grade_id, minutes
 from instructor.intake import Submission
 from instructor.laying import Laid, Step, lay
 from instructor.room import Dead, Function, Room, Rooms
-from kdlib import checks
 from kdlib.checks.frame import RAISED, Question, Verdict
 
 FLOOD = 100_000  # characters of output that get a remark
@@ -36,6 +35,7 @@ class Result:
     notebook: what nbgrader records, with outputs
     seconds:  question -> how long grading it took, "cells" for the rest
     stand:    the walls around this student's code
+    minutes:  at work, where the notebook tells (cells.minutes)
     """
 
     student: str
@@ -45,17 +45,23 @@ class Result:
     notebook: NotebookNode
     seconds: dict[str, float]
     stand: list[str] = field(default_factory=list)
+    minutes: float | None = None
 
 
 def grade(
-    rooms: Rooms, submission: Submission, released: NotebookNode, hidden: object = None
+    rooms: Rooms,
+    submission: Submission,
+    released: NotebookNode,
+    questions: dict[str, Question],
+    familiar: frozenset[str] = frozenset(),
 ) -> Result:
     """Grade one submission; whatever it holds, a Result comes back.
 
-    hidden: judges an answer further (instructor.overlay), or None
+    questions: those of the released notebook, by number
+    familiar:  texts of cells that are no student's own, beside the released ones
     """
-    laid = lay(submission.notebook, released)
-    sitting = _Sitting(rooms, laid, _questions(released), hidden)
+    laid = lay(submission.notebook, released, familiar)
+    sitting = _Sitting(rooms, laid, questions)
     if submission.notebook is not None:
         with sitting:
             sitting.run()
@@ -65,6 +71,7 @@ def grade(
         dict.fromkeys([*submission.remarks, *laid.remarks, *sitting.remarks])
     )
     _write(laid.notebook, sitting, remarks)
+    handed = submission.notebook
     return Result(
         submission.student,
         submission.where,
@@ -73,22 +80,15 @@ def grade(
         laid.notebook,
         sitting.seconds,
         sitting.stand,
+        None if handed is None else minutes(handed),
     )
-
-
-def _questions(released: NotebookNode) -> dict[str, Question]:
-    ids = [grade_id(cell).split("-") for cell in released.cells]
-    wanted = [f"{id[1]}.{id[2]}" for id in ids if id[-1] == "check"]
-    known = checks._questions()
-    return {id: known[id] for id in wanted}
 
 
 class _Sitting(contextlib.AbstractContextManager):
     """One student's steps. A context: leaving it ends the room."""
 
-    def __init__(self, rooms: Rooms, laid: Laid, questions: dict, hidden: object):
-        self.rooms, self.laid, self.hidden = rooms, laid, hidden
-        self.questions: dict[str, Question] = questions
+    def __init__(self, rooms: Rooms, laid: Laid, questions: dict[str, Question]):
+        self.rooms, self.laid, self.questions = rooms, laid, questions
         self.verdicts: dict[str, Verdict] = {}
         self.remarks: list[Remark] = []
         self.printed: dict[str, str] = {}  # step -> what the feedback page shows
@@ -184,8 +184,6 @@ class _Sitting(contextlib.AbstractContextManager):
             return self._raised(question, f"The kernel died: {dead}.", "dead kernel")
         try:
             verdict = question.grade(answer)
-            if self.hidden is not None:
-                verdict = self.hidden.judge(question, answer, verdict)
         except Exception as error:  # a fault of ours must not look like the student's
             told = f"The grader failed at {id} ({type(error).__name__}: {error})."
             self._say("grade by hand", told, id)
@@ -264,12 +262,22 @@ def _write(notebook: NotebookNode, sitting: _Sitting, remarks: list[Remark]) -> 
         text = sitting.printed.get(cell.metadata.pop("kdlib_step", ""), "")
         if text:
             cell.outputs = [v4.new_output("stream", name="stdout", text=text + "\n")]
-    if remarks:
-        lines = "".join(f"\n- {_escaped(remark.said)}" for remark in remarks)
-        note = f"**What the grader noticed**\n{lines}"
-        notebook.cells.insert(0, v4.new_markdown_cell(note))
+    notebook.cells.insert(0, v4.new_markdown_cell(_summary(sitting.verdicts, remarks)))
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number}"
+
+
+def _summary(verdicts: dict[str, Verdict], remarks: list[Remark]) -> str:
+    heads = " &emsp; | ".join(["question", "outcome", "points", "likely bug"])
+    lines = [f"| {heads} |", "|---|---|---|---|"]
+    lines += [
+        f"| {v.question} | {v.outcome} | {v.points:g} of {v.out_of:g} | {v.bug or ''} |"
+        for v in verdicts.values()
+    ]
+    if remarks:
+        lines += ["", "What the grader noticed:", ""]
+        lines += [f"- {_escaped(remark.said)}" for remark in remarks]
+    return "\n".join(lines)
 
 
 def _escaped(text: str) -> str:

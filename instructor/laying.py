@@ -49,19 +49,38 @@ class Laid:
     called: dict[str, str] = field(default_factory=dict)
 
 
-def lay(handed: NotebookNode | None, released: NotebookNode) -> Laid:
-    """`handed`: what the student handed in, or None for nothing."""
-    laid = Laid(nbformat.from_dict(released))
+def lay(
+    handed: NotebookNode | None,
+    released: NotebookNode,
+    familiar: frozenset[str] = frozenset(),
+) -> Laid:
+    """`handed`: what the student handed in, or None for nothing.
+
+    familiar: texts (cells.bare) that are no student's own, beside the released ones
+    """
+    laid = Laid(_for_the_books(released))
     if handed is not None:
-        _Layer(handed, released, laid).lay()
+        _Layer(handed, released, laid, familiar).lay()
     return laid
 
 
+def _for_the_books(released: NotebookNode) -> NotebookNode:
+    """Without what a page of feedback does not need: introduction, setup, hints."""
+    notebook = nbformat.from_dict(released)
+    kept, begun = [], False
+    for cell in notebook.cells:
+        begun = begun or grade_id(cell).endswith("-task")
+        if begun and (cell.cell_type != "code" or code(cell.source)):
+            kept.append(cell)
+    notebook.cells = kept
+    return notebook
+
+
 class _Layer:
-    def __init__(self, handed, released, laid: Laid):
+    def __init__(self, handed, released, laid: Laid, familiar: frozenset[str]):
         self.cells, self.laid = handed.cells, laid
         self.released = released.cells
-        self.texts = {bare(cell.source) for cell in self.released}
+        self.texts = familiar | {bare(cell.source) for cell in self.released}
         self.by_id = {grade_id(cell): cell for cell in self.released if grade_id(cell)}
         found = [CHECK.search(cell.source) for cell in self.released]
         self.names = {match[1]: match[2] for match in found if match}
@@ -133,7 +152,8 @@ class _Layer:
         return bare(source) in self.texts
 
     def _keep_if_new(self, place: int, cell: NotebookNode) -> None:
-        if cell.source.strip() and bare(cell.source) not in self.texts:
+        text = cell.source if cell.cell_type != "code" else code(plain(cell.source))
+        if text.strip() and bare(cell.source) not in self.texts:
             self.extra.append(place)
 
     def _other_name(self, question: str, here: set[str]) -> None:

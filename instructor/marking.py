@@ -7,6 +7,7 @@ Knows: the order of these. Does not know: what any of them does inside.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -19,10 +20,12 @@ from pathlib import Path
 from nbformat import NotebookNode
 
 from instructor import books, confine
-from instructor.cells import Remark
+from instructor.cells import Remark, bare, grade_id
 from instructor.grading import Result, grade
 from instructor.intake import Submission, collect
 from instructor.room import ROOT, Rooms
+from kdlib import checks
+from kdlib.checks.frame import Question
 from kdlib.errors import KdlibError
 from kdlib.ledger import write_text
 
@@ -39,8 +42,22 @@ def grade_class(
     """
     notebook = books.released(course, chapter)
     submissions = collect(folder, chapter)
-    hidden = _hidden_checks(chapter)
-    results = list(_graded(course, submissions, notebook, hidden, jobs))
+    graded = functools.partial(
+        _one,
+        released=notebook,
+        questions=questions(chapter, notebook),
+        familiar=frozenset(bare(cell.source) for cell in books.public(chapter).cells),
+    )
+    results = []
+    with Rooms(_out_of_sight(course)) as rooms, ThreadPoolExecutor(jobs) as pool:
+        waiting = [pool.submit(graded, rooms, one) for one in submissions]
+        try:
+            for number, done in enumerate(waiting, start=1):
+                results.append(done.result())
+                print(f"{number}/{len(waiting)} {_line(results[-1])}", file=sys.stderr)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     books.record(course, chapter, {r.student: r.notebook for r in results})
     _compare(results, books.scores(course, chapter))
     if pages:
@@ -50,53 +67,45 @@ def grade_class(
     return results
 
 
-def _graded(course, submissions, notebook, hidden, jobs):
-    out_of_sight = [ROOT / "exercises", ROOT / "tests", ROOT / "notebooks"]
-    out_of_sight += [ROOT / "kdlib" / "checks", ROOT / "kdlib" / "data" / "checks"]
-    out_of_sight += [course.resolve(), ROOT / ".git"]
-    if "KD_PRIVATE" in os.environ:
-        out_of_sight.append(Path(os.environ["KD_PRIVATE"]).resolve())
-    with Rooms(out_of_sight) as rooms, ThreadPoolExecutor(jobs) as pool:
-        waiting = [
-            pool.submit(_one, rooms, submission, notebook, hidden)
-            for submission in submissions
-        ]
-        try:
-            for number, done in enumerate(waiting, start=1):
-                result = done.result()
-                points = sum(v.points for v in result.verdicts.values())
-                out_of = sum(v.out_of for v in result.verdicts.values())
-                print(
-                    f"{number}/{len(waiting)} {result.student}: "
-                    f"{points:g} of {out_of:g}",
-                    file=sys.stderr,
-                )
-                yield result
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+def questions(chapter: str, released: NotebookNode) -> dict[str, Question]:
+    """The questions of a released notebook, with what KD_PRIVATE adds to them."""
+    ids = [grade_id(cell).split("-") for cell in released.cells]
+    wanted = [f"{id[1]}.{id[2]}" for id in ids if id[-1] == "check"]
+    known = checks._questions()
+    found = {id: known[id] for id in wanted}
+    if importlib.util.find_spec("instructor.overlay") is not None:
+        overlay = importlib.import_module("instructor.overlay").load(chapter)
+        found = {id: overlay.question(question) for id, question in found.items()}
+    return found
 
 
-def _one(
-    rooms: Rooms, submission: Submission, notebook: NotebookNode, hidden: object
-) -> Result:
+def _out_of_sight(course: Path) -> list[Path]:
+    """What no student's code may see, where the system can hide it."""
+    found = [ROOT / name for name in ("exercises", "tests", "notebooks", ".git")]
+    found += [ROOT / "kdlib" / "checks", ROOT / "kdlib" / "data" / "checks"]
+    found.append(course.resolve())
+    if os.environ.get("KD_PRIVATE"):
+        found.append(Path(os.environ["KD_PRIVATE"]).expanduser().resolve())
+    return found
+
+
+def _one(rooms: Rooms, submission: Submission, released, questions, familiar) -> Result:
     """A fault of the grader's own costs nobody else's grade, and is not kept quiet."""
     try:
-        return grade(rooms, submission, notebook, hidden)
+        return grade(rooms, submission, released, questions, familiar)
     except KdlibError:
         raise
     except Exception as error:
         told = f"The grader failed ({type(error).__name__}: {error}). Grade by hand."
         empty = Submission(submission.student, submission.where)
         empty.remarks = [*submission.remarks, Remark("grade by hand", told)]
-        return grade(rooms, empty, notebook)
+        return grade(rooms, empty, released, questions)
 
 
-def _hidden_checks(chapter: str) -> object:
-    """What KD_PRIVATE adds, and the class's seed, where instructor.overlay exists."""
-    if importlib.util.find_spec("instructor.overlay") is None:
-        return None
-    return importlib.import_module("instructor.overlay").load(chapter)
+def _line(result: Result) -> str:
+    points = sum(verdict.points for verdict in result.verdicts.values())
+    out_of = sum(verdict.out_of for verdict in result.verdicts.values())
+    return f"{result.student}: {points:g} of {out_of:g}"
 
 
 def _compare(results: list[Result], recorded: dict[str, dict[str, float]]) -> None:
@@ -110,7 +119,6 @@ def _compare(results: list[Result], recorded: dict[str, dict[str, float]]) -> No
 
 
 def _save(course: Path, chapter: str, folder: Path, results: list[Result]) -> None:
-    walls = {name for result in results for name in result.stand}
     ran = [result for result in results if result.stand or result.seconds]
     walls = [w for w in confine.WALLS if ran and all(w in r.stand for r in ran)]
     content = {
@@ -118,6 +126,7 @@ def _save(course: Path, chapter: str, folder: Path, results: list[Result]) -> No
         "submissions": str(folder),
         "graded": datetime.now(UTC).isoformat(timespec="seconds"),
         "walls": walls,
+        "minutes": books.stated_minutes(books.released(course, chapter)),
         "students": [
             {
                 "student": result.student,
@@ -128,6 +137,7 @@ def _save(course: Path, chapter: str, folder: Path, results: list[Result]) -> No
                 },
                 "remarks": [asdict(remark) for remark in result.remarks],
                 "seconds": result.seconds,
+                "minutes": result.minutes,
             }
             for result in results
         ],

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from instructor.confine import WALLS
 from kdlib.errors import DataError
+from kdlib.ledger import write_text
 
 OUTCOMES = ("right", "wrong", "raised", "not attempted")
 
@@ -28,12 +29,19 @@ def read(course: Path, chapter: str) -> dict:
 
 
 def show(course: Path, chapter: str) -> str:
+    """The class as text; the same is written to course/report-chNN.html."""
+    from instructor.page import page
+
     result = read(course, chapter)
+    path = course / f"report-{chapter}.html"
+    write_text(path, page(result))
     lines = [f"{chapter}: {len(result['students'])} students", ""]
     for title, rows in tables(result):
-        lines += [title, *_aligned(rows), ""]
-    lines.append(walls(result))
-    return "\n".join(lines)
+        lines += [title, *(_aligned(rows) if rows[1:] else ["  none"]), ""]
+    lines += [walls(result), ""]
+    lines += [f"Grades: {course / 'grades.csv'}"]
+    lines += [f"A page a student: {course / 'feedback'}/STUDENT/{chapter}/"]
+    return "\n".join([*lines, f"This report: {path}"])
 
 
 def tables(result: dict) -> list[tuple[str, list[list[str]]]]:
@@ -47,7 +55,9 @@ def tables(result: dict) -> list[tuple[str, list[list[str]]]]:
 
 
 def questions(result: dict) -> list[list[str]]:
-    rows = [["question", *OUTCOMES, "mean points", "out of", "seconds"]]
+    """`minutes` are those that the question states; `seconds` are the grader's."""
+    heads = ["mean points", "out of", "minutes", "seconds"]
+    rows = [["question", *OUTCOMES, *heads]]
     for id in dict.fromkeys(id for s in result["students"] for id in s["questions"]):
         mine = [s["questions"][id] for s in result["students"]]
         count = Counter(entry["outcome"] for entry in mine)
@@ -59,6 +69,7 @@ def questions(result: dict) -> list[list[str]]:
                 *(str(count[outcome]) for outcome in OUTCOMES),
                 f"{mean:.2f}",
                 f"{mine[0]['out_of']:g}",
+                str(result["minutes"].get(id, "")),
                 f"{spent:.1f}",
             ]
         )
@@ -79,7 +90,8 @@ def bugs(result: dict) -> list[list[str]]:
 
 
 def students(result: dict) -> list[list[str]]:
-    rows = [["student", "points", "out of", "right", "seconds", "notebook"]]
+    """`minutes`: at work, at least, where the notebook tells; `seconds`: to grade."""
+    rows = [["student", "points", "out of", "right", "minutes", "seconds", "notebook"]]
     for s in result["students"]:
         entries = s["questions"].values()
         rows.append(
@@ -88,6 +100,7 @@ def students(result: dict) -> list[list[str]]:
                 f"{sum(entry['points'] for entry in entries):g}",
                 f"{sum(entry['out_of'] for entry in entries):g}",
                 str(sum(entry["outcome"] == "right" for entry in entries)),
+                "" if s["minutes"] is None else f"{s['minutes']:g}",
                 f"{sum(s['seconds'].values()):.1f}",
                 s["where"] or "none",
             ]

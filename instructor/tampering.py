@@ -46,7 +46,7 @@ OPENED = {  # what the room's witness saw -> words
 
 def found(sources: Iterable[str], released: set[str]) -> list[Remark]:
     """Remarks on a notebook's code, comments and released cells left out."""
-    seen: dict[Remark, None] = {}
+    seen: dict[tuple[str, str], Remark] = {}  # one for each kind and line
     for source in sources:
         if bare(source) in released:
             continue
@@ -54,12 +54,11 @@ def found(sources: Iterable[str], released: set[str]) -> list[Remark]:
         for kind, pattern, what in _SIGNS:
             match = re.search(pattern, text)
             if match:
-                line = next(
-                    x for x in text.splitlines() if match[0].split("\n")[0] in x
-                )
+                begin = match[0].partition("\n")[0]
+                line = next(line for line in text.splitlines() if begin in line)
                 told = f"It {what}: `{line.strip()[:80]}`. No grade changed by that."
-                seen[Remark(kind, told)] = None
-    return list(seen)
+                seen.setdefault((kind, line), Remark(kind, told))
+    return list(seen.values())
 
 
 def opened(saw: Iterable[str]) -> list[Remark]:

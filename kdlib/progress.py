@@ -17,7 +17,7 @@ RIGHT, TRIED, OPEN = "right", "tried", "open"
 LEFT_OUT = ("solutions", ".ipynb_checkpoints", ".venv")
 
 CHECK = re.compile(r'^checks\.check\("(\d+\.\d+)", (\w+)\)', re.M)
-_TASK = re.compile(r"^\*\*(\d+\.\d+)\*\* · .* · (\d+) minutes · \d+ points$", re.M)
+TASK = re.compile(r"^\*\*(\d+\.\d+)\*\* · .* · (\d+) minutes · \d+ points$", re.M)
 _SAID = re.compile(
     r"^(\d+\.\d+) \w+: (not attempted|raised|wrong|right)"
     r"(?: \(([\d.]+) of ([\d.]+) points\))?",
@@ -105,7 +105,7 @@ def _read(path: Path) -> list[Question]:
             f"{path} cannot be read as a notebook ({type(error).__name__})",
             "save it again from Jupyter, or move it out of the folder",
         ) from None
-    minutes = {key: int(value) for key, value in _TASK.findall("\n\n".join(sources))}
+    minutes = {key: int(value) for key, value in TASK.findall("\n\n".join(sources))}
     found, start = [], 0
     for place, source in enumerate(sources):
         check = CHECK.search(source)
