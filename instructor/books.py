@@ -87,7 +87,7 @@ def config(course: Path) -> Config:
 
 
 def public(chapter: str) -> NotebookNode:
-    """The exercises as the repository has them. Raises DataError for no such chapter."""
+    """The exercises as everybody has them. Raises DataError for no such chapter."""
     path = EXERCISES / f"{chapter}.ipynb"
     if not path.exists():
         known = ", ".join(sorted(path.stem for path in EXERCISES.glob("ch*.ipynb")))

@@ -18,7 +18,7 @@ from nbformat import NotebookNode, v4
 from instructor import tampering
 from instructor.cells import Remark, grade_id, minutes
 from instructor.intake import Submission
-from instructor.laying import Laid, Step, lay
+from instructor.laying import Laid, Step
 from instructor.room import Dead, Function, Room, Rooms
 from kdlib.checks.frame import RAISED, Question, Verdict
 
@@ -51,16 +51,14 @@ class Result:
 def grade(
     rooms: Rooms,
     submission: Submission,
-    released: NotebookNode,
+    laid: Laid,
     questions: dict[str, Question],
-    familiar: frozenset[str] = frozenset(),
 ) -> Result:
     """Grade one submission; whatever it holds, a Result comes back.
 
+    laid:      the submission's answers in the released notebook (laying.lay)
     questions: those of the released notebook, by number
-    familiar:  texts of cells that are no student's own, beside the released ones
     """
-    laid = lay(submission.notebook, released, familiar)
     sitting = _Sitting(rooms, laid, questions)
     if submission.notebook is not None:
         with sitting:

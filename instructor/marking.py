@@ -7,7 +7,6 @@ Knows: the order of these. Does not know: what any of them does inside.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 import os
@@ -23,6 +22,7 @@ from instructor import books, confine
 from instructor.cells import Remark, bare, grade_id
 from instructor.grading import Result, grade
 from instructor.intake import Submission, collect
+from instructor.laying import Laid, lay
 from instructor.room import ROOT, Rooms
 from kdlib import checks
 from kdlib.checks.frame import Question
@@ -42,15 +42,19 @@ def grade_class(
     """
     notebook = books.released(course, chapter)
     submissions = collect(folder, chapter)
-    graded = functools.partial(
-        _one,
-        released=notebook,
-        questions=questions(chapter, notebook),
-        familiar=frozenset(bare(cell.source) for cell in books.public(chapter).cells),
-    )
+    asked = questions(chapter, notebook)
+    familiar = frozenset(bare(cell.source) for cell in books.public(chapter).cells)
+    # In this thread alone: ast.parse is not safe in two (python/cpython#106905).
+    laid = [_laid(one, notebook, familiar) for one in submissions]
     results = []
-    with Rooms(_out_of_sight(course)) as rooms, ThreadPoolExecutor(jobs) as pool:
-        waiting = [pool.submit(graded, rooms, one) for one in submissions]
+    with (
+        Rooms(_out_of_sight(course, folder)) as rooms,
+        ThreadPoolExecutor(jobs) as pool,
+    ):
+        waiting = [
+            pool.submit(_graded, rooms, one, its, asked)
+            for one, its in zip(submissions, laid, strict=True)
+        ]
         try:
             for number, done in enumerate(waiting, start=1):
                 results.append(done.result())
@@ -79,27 +83,47 @@ def questions(chapter: str, released: NotebookNode) -> dict[str, Question]:
     return found
 
 
-def _out_of_sight(course: Path) -> list[Path]:
+def _out_of_sight(course: Path, folder: Path) -> list[Path]:
     """What no student's code may see, where the system can hide it."""
     found = [ROOT / name for name in ("exercises", "tests", "notebooks", ".git")]
     found += [ROOT / "kdlib" / "checks", ROOT / "kdlib" / "data" / "checks"]
-    found.append(course.resolve())
+    found += [course.resolve(), folder.resolve()]
     if os.environ.get("KD_PRIVATE"):
         found.append(Path(os.environ["KD_PRIVATE"]).expanduser().resolve())
-    return found
+    # The package itself must stay in sight, whatever folder was named.
+    return [path for path in found if not ROOT.is_relative_to(path)]
 
 
-def _one(rooms: Rooms, submission: Submission, released, questions, familiar) -> Result:
-    """A fault of the grader's own costs nobody else's grade, and is not kept quiet."""
+# A fault of the grader's own costs nobody else's grade, and is not kept quiet.
+
+
+def _laid(
+    submission: Submission, released: NotebookNode, familiar: frozenset[str]
+) -> Laid:
     try:
-        return grade(rooms, submission, released, questions, familiar)
+        return lay(submission.notebook, released, familiar)
+    except Exception as error:
+        submission.notebook = None
+        submission.remarks.append(_by_hand(error))
+        return lay(None, released)
+
+
+def _graded(
+    rooms: Rooms, submission: Submission, laid: Laid, asked: dict[str, Question]
+) -> Result:
+    try:
+        return grade(rooms, submission, laid, asked)
     except KdlibError:
         raise
     except Exception as error:
-        told = f"The grader failed ({type(error).__name__}: {error}). Grade by hand."
-        empty = Submission(submission.student, submission.where)
-        empty.remarks = [*submission.remarks, Remark("grade by hand", told)]
-        return grade(rooms, empty, released, questions)
+        submission.notebook = None
+        submission.remarks.append(_by_hand(error))
+        return grade(rooms, submission, laid, asked)
+
+
+def _by_hand(error: Exception) -> Remark:
+    told = f"The grader failed ({type(error).__name__}: {error}). Grade by hand."
+    return Remark("grade by hand", told)
 
 
 def _line(result: Result) -> str:

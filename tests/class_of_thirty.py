@@ -282,7 +282,7 @@ def write(folder: Path, found: list[Student]) -> None:
             path = folder / path
             path.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, NotebookNode):
-                content = nbformat.writes(content)
+                content = v4.writes(content)  # a duplicated id is what it shall have
             if path.suffix == ".zip":
                 with zipfile.ZipFile(path, "w") as file:
                     file.writestr("work/ch04.ipynb", content)

@@ -72,11 +72,11 @@ def solution(question: str) -> str:
 def slices(chapter: str) -> list[dict[str, tuple[str, tuple]]]:
     """The whole matrix in few notebooks: question -> (source, (outcome, bug, points)).
 
-    The i-th holds the i-th wrong answer of every question, or its i-th honest variant
-    where the wrong ones are used up.
+    The i-th holds the i-th wrong answer of every question, and where those are used up
+    an honest variant. There are as many as the question with most wrong answers has.
     """
     wrong, honest = known(chapter)
-    columns = {}
+    columns, longest = {}, 0
     for question in questions(chapter):
         name = checks._questions()[question].name
         full = checks._questions()[question].out_of
@@ -84,12 +84,13 @@ def slices(chapter: str) -> list[dict[str, tuple[str, tuple]]]:
             (f"{name} = WRONG[{i}][1]", (outcome, bug, points))
             for i, (q, _, outcome, bug, points, _) in enumerate(wrong)
             if q == question
-        ] + [
+        ]
+        longest = max(longest, len(columns[question]))
+        columns[question] += [
             (f"{name} = HONEST[{i}][1]", ("right", None, full))
             for i, (q, _) in enumerate(honest)
             if q == question
         ]
-    longest = max(map(len, columns.values()))
     return [
         {q: column[i] for q, column in columns.items() if i < len(column)}
         for i in range(longest)

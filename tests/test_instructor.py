@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
+import csv
+import html
 import json
 import math
+import re
+import shutil
+import subprocess
+import sys
+import time
 import zipfile
+from collections import Counter
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 
+import class_of_thirty
 import handed_in
 import nbformat
 import numpy as np
+import psutil
 import pytest
 import torch
 
-from instructor import intake, laying, wire
-from kdlib.checks import values
-from kdlib.errors import DataError
+from instructor import (
+    books,
+    cells,
+    confine,
+    grading,
+    intake,
+    laying,
+    marking,
+    report,
+    tampering,
+    wire,
+)
+from instructor.__main__ import main as instructor_main
+from instructor.room import Dead, Rooms
+from kdlib.checks import _answers, values
+from kdlib.errors import ArgumentError, DataError
+
+ROOT = Path(__file__).parents[1]
+CHAPTERS = _answers.chapters()
 
 CH = "ch04"
 FIRST = "4.1"
@@ -273,5 +300,488 @@ def test_an_untouched_notebook_gives_nothing_to_say(blank):
     assert [step.question for step in found.steps if step.question] == (
         handed_in.questions(CH)
     )
-    same = [cell.source for cell in found.notebook.cells]
-    assert same == [cell.source for cell in blank.cells]
+    begin = handed_in.place_of(blank, FIRST, "task")
+    same = [cell.source for cell in blank.cells[begin:]]
+    same = [source for source in same if not source.startswith("# checks.hint")]
+    assert [cell.source for cell in found.notebook.cells] == same
+
+
+def test_of_two_answers_the_one_that_stands_at_the_check_counts(blank):
+    answer = handed_in.cell_of(blank, FIRST, "answer")
+    place = blank.cells.index(answer)
+    older, newer = (nbformat.from_dict(answer) for _ in "ab")
+    older.source, answer.source = "soft_cross_entropy = 1", "soft_cross_entropy = 2"
+    newer.source = "soft_cross_entropy = 3"
+    blank.cells.insert(place, older)
+    blank.cells.append(newer)
+    found = laid(blank)
+    assert kinds(found) == [("duplicated", FIRST)]
+    answers = [cell for cell in found.notebook.cells if "soft_cross" in cell.source]
+    assert handed_in.cell_of(found.notebook, FIRST, "answer").source == answer.source
+    assert [c.source[-1] for c in answers if "entropy = " in c.source] == list("123")
+    # The later one is run later: nothing that stands below a check reaches it.
+    names = order(found)
+    assert names.index(FIRST) < names.index(f"cell {len(blank.cells)}")
+
+
+def test_without_checks_a_question_follows_its_answer(blank):
+    blank.cells = [c for c in blank.cells if "checks.check(" not in c.source]
+    helper = nbformat.v4.new_code_cell("def helper(): pass")
+    blank.cells.insert(handed_in.place_of(blank, "4.2", "answer"), helper)
+    found = laid(blank)
+    assert found.remarks == []
+    names = order(found)
+    assert names.index("4.1") < names.index("4.2") < names.index("4.3")
+    after = blank.cells.index(helper) + 1
+    assert names.index(f"cell {after}") < names.index("4.1")
+
+
+def test_a_shuffled_notebook_without_metadata_is_found_whole(blank):
+    for cell in blank.cells:
+        cell.metadata.clear()
+    blank.cells.reverse()
+    found = laid(blank)
+    assert set(found.cells) == set(handed_in.questions(CH))
+    moved = [("moved", question) for question in handed_in.questions(CH)]
+    assert sorted(kinds(found)) == sorted([("lost metadata", None), *moved])
+    steps = order(found)
+    assert steps[-6:] == handed_in.questions(CH)
+
+
+@pytest.mark.parametrize(
+    ("source", "wanted"),
+    [
+        ("%matplotlib inline\nx = 1", "x = 1"),
+        ("!pip install x\nx = 1", "x = 1"),
+        ("%%time\nx = 1", "x = 1"),
+        ("%%bash\nx = 1", ""),
+        ("y = (3\n  % 2)\nx = 1", "y = 3 % 2\nx = 1"),
+    ],
+)
+def test_ipython_s_lines_are_left_out(source, wanted):
+    text = cells.code(cells.plain(source))
+    assert text.replace("pass\n", "") == wanted.replace("pass\n", "")
+
+
+def test_minutes_are_counted_without_the_pauses(blank):
+    assert cells.minutes(blank) is None
+    code = [cell for cell in blank.cells if cell.cell_type == "code"]
+    for cell, when in zip(code, ["10:00", "10:04", "11:30", "11:40"], strict=False):
+        time = f"2026-11-24T{when}:00.000Z"
+        cell.metadata["execution"] = {"iopub.execute_input": time}
+    assert cells.minutes(blank) == 14.0
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [
+        ("checks.check = print", "tampering"),
+        ("import kdlib.checks as c\nsetattr(checks, 'check', 1)", "tampering"),
+        ("kdlib.checks.frame.FACTOR = 9", "reads the solution"),
+        ("import sys\nsys.modules['kdlib.checks'] = None", "tampering"),
+        ("import os\nos.environ['NBGRADER_EXECUTION']", "tampering"),
+        ("from kdlib.checks import ch04", "reads the solution"),
+        ("from kdlib.checks import _answers as a", "reads the solution"),
+        ("open('exercises/solutions/ch04.ipynb')", "reads the solution"),
+        ("checks.solution('4.1')", "reads the solution"),
+        ("# checks.solution('4.1')", None),
+        ("checks.hint('4.1')", None),
+        ("checks = {}\nsolution = 3\ntruth = 4", None),
+        ("from kdlib import checks", None),
+    ],
+)
+def test_a_line_that_tampers_is_named(source, kind):
+    said = {remark.kind for remark in tampering.found([source], set())}
+    assert said == ({kind} if kind else set()) or kind in said
+
+
+# --- The room -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rooms(tmp_path_factory):
+    secret = tmp_path_factory.mktemp("secret")
+    (secret / "grades.csv").write_text("100")
+    with Rooms([secret]) as opened:
+        opened.secret = secret
+        yield opened
+
+
+@pytest.fixture
+def room(rooms):
+    with rooms.open() as opened:
+        yield opened
+
+
+def test_a_function_is_called_where_it_lives(room):
+    text = "import torch\ndef f(x, n):\n    print('hm')\n    x += n\n    return x.sum()"
+    assert room.cell(text, "cell 1").failure is None
+    given = torch.ones(3, dtype=torch.float64)
+    tried = room.look("f")(given, 2)
+    assert tried.value == torch.tensor(9.0, dtype=torch.float64)
+    assert (tried.edited, tried.printed, tried.wrote) == (0, "hm\n", (3, 0))
+    assert given.tolist() == [1, 1, 1]
+    assert room.look("f")("text", 2).error.startswith("TypeError: can only concatenate")
+    with pytest.raises(LookupError):
+        room.look("g")
+
+
+def test_errors_name_the_student_s_own_line(room):
+    tried = room.cell("x = 1\ny = x / 0", "cell 1")
+    assert tried.error == (
+        "ZeroDivisionError: division by zero\n    in line 2: y = x / 0"
+    )
+    assert room.look("x") == 1
+    assert room.cell("def f(:", "cell 2").error.startswith("SyntaxError")
+
+
+def test_rooms_know_nothing_of_one_another(rooms):
+    with rooms.open() as first, rooms.open() as second:
+        first.cell("x = 1\nimport math\nmath.pi = 3", "cell 1")
+        assert second.cell("import math\ny = math.pi", "cell 1").failure is None
+        assert second.look("y") == math.pi
+        with pytest.raises(LookupError):
+            second.look("x")
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("import os\nos._exit(0)", "exit code 0"),
+        ("import ctypes\nctypes.string_at(0)", "signal 11"),
+        ("import os\nos.closerange(3, 64)", "its process ended"),
+    ],
+)
+def test_a_room_that_dies_says_how_and_stays_dead(rooms, source, said):
+    with rooms.open() as room:
+        room.cell("def f():\n    return 1", "cell 1")
+        function = room.look("f")
+        with pytest.raises(Dead, match=said):
+            room.cell(source, "cell 2")
+        assert function().failure == "raised" and said in function().error
+    with rooms.open() as room:
+        assert room.cell("x = 1", "cell 1").failure is None
+
+
+def test_a_forged_reply_is_a_value_like_any_other(rooms):
+    """Whoever writes to the pipe says what an answer could have said, and no more."""
+    forge = (
+        "import os, struct\n"
+        "def f():\n"
+        '    text = b\'{"value": true, "failure": 7, "edited": 99, "wrote": 1}\'\n'
+        "    for fd in range(3, 64):\n"
+        "        try:\n"
+        "            os.write(fd, struct.pack('!i', len(text)) + text)\n"
+        "        except OSError:\n"
+        "            pass\n"
+        "    return 3"
+    )
+    with rooms.open() as room:
+        room.cell(forge, "cell 1")
+        tried = room.look("f")()
+        assert (tried.value, tried.failure, tried.edited) == (True, "raised", None)
+        assert tried.wrote == (0, 0)
+
+
+WALLED = """\
+import os, socket, sys
+found = {}
+found["network"] = [name for _, name in socket.if_nameindex()]
+try:
+    open(sys.prefix + "/kdlib-test", "w")
+except OSError as error:
+    found["files"] = "Read-only" in str(error)
+found["secret"] = os.path.exists(SECRET)
+found["pid"] = os.getpid()
+found["home"] = os.listdir(".")
+found["tokens"] = sorted(set(os.environ) & {"KD_TOKEN", "KD_PRIVATE", "HOME"})
+with open("own.txt", "w") as file:
+    file.write("allowed")
+"""
+
+
+def test_the_walls_that_are_said_to_stand_do(rooms, room):
+    path = rooms.secret / "grades.csv"
+    tried = room.cell(f"SECRET = {str(path)!r}\n" + WALLED, "cell 1")
+    assert tried.failure is None, tried.error
+    found = room.look("found")
+    assert found["home"] == [] and found["tokens"] == ["HOME"]
+    if confine.NETWORK in room.stand:
+        assert found["network"] == ["lo"]
+    if confine.FILES in room.stand:
+        assert found["files"] is True and found["secret"] is False
+    if confine.PROCESSES in room.stand:
+        assert found["pid"] == 1
+    assert path.read_text() == "100"
+
+
+def test_memory_processes_and_handles_have_limits(room):
+    hungry = "try:\n    x = bytearray(3 << 30)\nexcept MemoryError:\n    x = None"
+    room.cell(hungry, "cell 1")
+    assert room.look("x") is None
+    text = "open('large', 'wb').write(bytes(65 << 20))"
+    assert room.cell(text, "cell 2").failure == "raised"
+
+
+def test_a_suite_is_put_to_losses_over_there(room):
+    from kdlib.checks import losses, suite
+
+    text = "def test_loss(loss):\n    assert loss.__name__ == 'loss_of_unknown_origin'"
+    room.cell(text, "cell 1")
+    there = room.look("test_loss")
+    for loss in (*losses.RIGHT.values(), losses.WRONG[3].loss):
+        assert suite.put(there, loss).failure is None
+    with pytest.raises(ArgumentError):
+        suite.put(there, lambda *_: 0)
+
+
+def test_no_room_outlives_its_grader(tmp_path):
+    """Killed without a chance to clean up."""
+    script = (
+        "import os, signal\n"
+        "from instructor.room import Rooms\n"
+        "room = Rooms().__enter__().open()\n"
+        "print(room.home, flush=True)\n"
+        "room.cell('import time, os; print(1)', 'cell 1')\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True
+    )
+    home = done.stdout.strip()
+    assert home, done.stderr
+    for _ in range(200):
+        left = [p for p in psutil.process_iter() if _works_in(p, Path(home).parent)]
+        if not left:
+            break
+        time.sleep(0.1)
+    assert left == []
+    shutil.rmtree(Path(home).parent)
+
+
+def _works_in(process, folder):
+    try:
+        return Path(process.cwd()).is_relative_to(folder)
+    except (psutil.Error, OSError):
+        return False
+
+
+# --- Grading --------------------------------------------------------------------------
+
+
+def graded(rooms, notebook):
+    released = handed_in.released(CH)
+    submission = intake.Submission("jane", "ch04.ipynb", notebook)
+    found = laying.lay(notebook, released)
+    return grading.grade(rooms, submission, found, marking.questions(CH, released))
+
+
+def test_a_dead_kernel_costs_the_question_that_killed_it(rooms):
+    answers = {id: handed_in.solution(id) for id in handed_in.questions(CH)}
+    answers["4.2"] = "def batch_gradient(*x):\n    import os\n    os._exit(1)"
+    result = graded(rooms, handed_in.with_answers(CH, answers))
+    outcomes = [verdict.outcome for verdict in result.verdicts.values()]
+    assert outcomes == ["right", "raised", "right", "right", "right", "right"]
+    assert "The kernel died" in result.verdicts["4.2"].message
+
+
+def test_what_the_page_and_nbgrader_read(rooms):
+    """Points as the last output, the verdict above it, and no stderr anywhere."""
+    answers = {"4.1": handed_in.solution("4.1"), "4.3": "def best_smoothing(:"}
+    result = graded(rooms, handed_in.with_answers(CH, answers))
+    said = {
+        id: handed_in.cell_of(result.notebook, id, "check").outputs
+        for id in handed_in.questions(CH)
+    }
+    points = {id: float(outputs[-1].data["text/plain"]) for id, outputs in said.items()}
+    assert points == {"4.1": 4, "4.2": 0, "4.3": 0, "4.4": 0, "4.5": 0, "4.6": 0}
+    assert said["4.1"][0].text == "4.1 soft_cross_entropy: right (4 of 4 points)\n"
+    assert "SyntaxError" in said["4.3"][0].text and "raised" in said["4.3"][0].text
+    names = {out.get("name") for outs in said.values() for out in outs}
+    assert names == {"stdout", None}
+    assert "| 4.3 | raised | 0 of 4 |" in result.notebook.cells[0].source
+
+
+def test_a_fault_of_the_grader_is_no_zero_in_silence(rooms, monkeypatch):
+    def fault(*_):
+        raise KeyError("ours")
+
+    questions = marking.questions(CH, handed_in.released(CH))
+    monkeypatch.setattr(type(questions["4.1"]), "grade", fault)
+    result = graded(rooms, handed_in.with_answers(CH, {}))
+    said = [remark for remark in result.remarks if remark.kind == "grade by hand"]
+    assert [r.question for r in said] == ["4.1", "4.2", "4.3", "4.4"]
+    assert result.verdicts["4.5"].outcome == "not attempted"
+
+
+# --- The class, and the matrix --------------------------------------------------------
+
+
+def make(goal, *variables):
+    """A goal of the Makefile with this very Python, its packages being there."""
+    # A file that exists stands for the packages' stamp.
+    fixed = [f"PY={sys.executable}", "TEACHING=README.md", "JOBS=2"]
+    command = ["make", "-s", goal, *fixed, *variables]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    """The class of thirty, graded by one command: (students, folder, its output)."""
+    folder = tmp_path_factory.mktemp("a class")
+    students = class_of_thirty.students()
+    class_of_thirty.write(folder / "in", students)
+    released = make("release", "CH=04", f"CLASS={folder / 'course'}")
+    assert released.returncode == 0, released.stderr
+    done = make(
+        "grade", "CH=04", f"CLASS={folder / 'course'}", f"SUBMISSIONS={folder / 'in'}"
+    )
+    assert done.returncode == 0, done.stderr
+    return students, folder / "course", done
+
+
+@pytest.mark.slow
+def test_each_of_thirty_gets_what_is_due(taught):
+    students, course, _ = taught
+    result = json.loads((course / "results" / "ch04.json").read_text())
+    given = {entry["student"]: entry for entry in result["students"]}
+    assert len(given) == len(students) == 30
+    wanted = {s.id: s.expected for s in students}
+    got = {
+        id: {
+            q: (v["outcome"], v["bug"], v["points"])
+            for q, v in entry["questions"].items()
+        }
+        for id, entry in given.items()
+    }
+    assert got == wanted
+    # The gradebook, and grades.csv, which are nbgrader's.
+    points = {
+        id: {q: entry[2] for q, entry in expected.items()}
+        for id, expected in wanted.items()
+    }
+    assert books.scores(course, CH) == points
+    with (course / "grades.csv").open() as file:
+        rows = {row["student_id"]: float(row["score"]) for row in csv.DictReader(file)}
+    assert rows == {id: sum(entry.values()) for id, entry in points.items()}
+
+
+@pytest.mark.slow
+def test_each_damage_has_its_line_and_nobody_else_has_one(taught):
+    students, course, done = taught
+    result = json.loads((course / "results" / "ch04.json").read_text())
+    kinds = {
+        s["student"]: {r["kind"] for r in s["remarks"]} for s in result["students"]
+    }
+    assert kinds == {student.id: student.kinds for student in students}
+    shown = make("report", "CH=04", f"CLASS={course}")
+    assert shown.stdout == done.stdout
+    page = html.unescape((course / "report-ch04.html").read_text())
+    for entry in result["students"]:
+        for remark in entry["remarks"]:
+            assert re.search(
+                rf"{re.escape(entry['student'])} +{remark['kind']} +"
+                rf"{re.escape(remark['said'])}",
+                shown.stdout,
+            )
+            assert remark["said"] in page
+
+
+@pytest.mark.slow
+def test_the_report_counts_outcomes_and_bugs(taught):
+    students, course, done = taught
+    for question in handed_in.questions(CH):
+        entries = [student.expected[question] for student in students]
+        counts = [sum(e[0] == x for e in entries) for x in report.OUTCOMES]
+        mean = f"{sum(e[2] for e in entries) / 30:.2f}"
+        row = rf"^ +{question} +{' +'.join(map(str, counts))} +{mean} "
+        assert re.search(row, done.stdout, re.M), question
+    for (question, bug), number in Counter(
+        (q, e[1]) for s in students for q, e in s.expected.items() if e[1]
+    ).items():
+        row = rf"^ +{re.escape(bug)} +{question} +{number}$"
+        assert re.search(row, done.stdout, re.M), bug
+
+
+@pytest.mark.slow
+def test_each_student_has_a_page_that_needs_no_network(taught):
+    students, course, _ = taught
+    for student in students:
+        page = (course / "feedback" / student.id / CH / f"{CH}.html").read_text()
+        said = html.unescape(re.sub(r"<[^>]+>", "", page))
+        for question, (outcome, _, points) in student.expected.items():
+            assert re.search(rf"{question} \w+: {outcome}", said)
+            full = class_of_thirty.FULL[question]
+            if outcome != "not attempted":
+                assert f"({points:g} of {full:g} points)" in said
+        for tag in re.findall(r"<(?:img|link|iframe)[^>]*>", page):
+            assert "http" not in tag
+        assert "batch_gradient" in said
+
+
+def test_the_class_holds_every_known_bug_and_nobody_is_called_twice():
+    students = class_of_thirty.students()
+    assert len(students) == len({student.id for student in students}) == 30
+    wrong, _ = handed_in.known(CH)
+    held = {(q, entry[1]) for s in students for q, entry in s.expected.items()}
+    assert {(q, bug) for q, _, _, bug, *_ in wrong} <= held
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_every_known_wrong_answer_through_nbgrader(chapter, tmp_path):
+    """The score in nbgrader's gradebook is that of tests/wrong_answers."""
+    slices = handed_in.slices(chapter)
+    for number, answers in enumerate(slices):
+        sources = {q: source for q, (source, _) in answers.items()}
+        notebook = handed_in.with_answers(chapter, sources)
+        put(tmp_path / "in" / f"s{number}" / f"{chapter}.ipynb", notebook)
+    books.release(tmp_path / "course", chapter)
+    results = marking.grade_class(
+        tmp_path / "course", chapter, tmp_path / "in", jobs=2, pages=False
+    )
+    said = {
+        result.student: {
+            q: (v.outcome, v.bug, v.points) for q, v in result.verdicts.items()
+        }
+        for result in results
+    }
+    recorded = books.scores(tmp_path / "course", chapter)
+    seen = 0
+    for number, answers in enumerate(slices):
+        for question, (_, wanted) in answers.items():
+            assert said[f"s{number}"][question] == wanted, (number, question)
+            assert recorded[f"s{number}"][question] == wanted[2]
+            seen += wanted[0] != "right"
+    assert seen == len(handed_in.known(chapter)[0])
+
+
+# --- Commands -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["release", "x"], "'x' is no chapter"),
+        (["release", ""], "'' is no chapter"),
+        (["release", "99"], "there are no exercises for ch99"),
+        (["grade", "04"], "ch04 was not released in"),
+        (["report", "04"], "make grade CH=04"),
+    ],
+)
+def test_a_mistake_is_told_with_its_remedy(arguments, said, tmp_path, capsys):
+    course = ["--course", str(tmp_path / "course")]
+    assert instructor_main([*arguments, *course]) == 1
+    err = capsys.readouterr().err
+    assert said in err and "Remedy" in err
+
+
+def test_the_assignment_has_hints_and_no_solutions():
+    for chapter in CHAPTERS:
+        public, given = books.public(chapter), books.assignment(chapter)
+        assert len(public.cells) == len(given.cells)
+        text = "\n".join(cell.source for cell in given.cells)
+        assert "checks.solution" not in text
+        count = len(handed_in.questions(chapter))
+        assert text.count("# checks.hint(") == count
+        assert "and the solution" not in " ".join(text.split())
