@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nInterrupted. Grades that were recorded stay as they were.")
+        print("\nInterrupted. Run the same command again.", file=sys.stderr)
         return 130
 
 

@@ -26,6 +26,7 @@ WALLS = {
 
 # linux/sched.h and linux/mount.h
 _MOUNTS, _IPC, _USER, _PID, _NET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 1 << 30
+_ALL = _MOUNTS | _IPC | _PID | _NET
 _RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _BIND = 1, 2, 4, 8, 32, 4096
 _REC, _PRIVATE = 1 << 14, 1 << 18
 _KEPT = {  # flags that a remount must repeat, or the kernel refuses it
@@ -40,21 +41,38 @@ _DEATH_SIGNAL, _NO_NEW_PRIVILEGES = 1, 38  # prctl
 SCRATCH = 64  # MiB of files that a student's code may write
 
 
-def shut(home: str, hidden: list[str]) -> list[str]:
+def possible() -> int:
+    """The namespaces that this system lets us have: all, the network's, or 0 for none.
+
+    Tried in a process of its own, for a refusal half-way leaves one that is of no use.
+    """
+    if not hasattr(ctypes.CDLL(None), "unshare"):
+        return 0
+    for flags in (_ALL, _NET):
+        child = os.fork()
+        if child == 0:
+            try:
+                os._exit(0 if _unshare(flags) else 1)
+            finally:
+                os._exit(1)
+        if os.waitpid(child, 0)[1] == 0:
+            return flags
+    return 0
+
+
+def shut(flags: int, home: str, hidden: list[str]) -> list[str]:
     """Put this process and its next child behind walls; which ones stand.
 
+    flags:  what `possible` found
     home:   the one folder that stays writable, empty
     hidden: files and folders that are covered
     """
-    if not hasattr(ctypes.CDLL(None), "unshare"):
+    if not flags or not _unshare(flags):
         return []
-    stand = []
-    if _unshare(_MOUNTS | _IPC | _PID | _NET):
-        stand += [NETWORK, PROCESSES]
-        if _cover(home, hidden):
-            stand.append(FILES)
-    elif _unshare(_NET):
-        stand.append(NETWORK)
+    stand = [NETWORK]
+    if flags == _ALL:
+        stand.append(PROCESSES)
+        stand += [FILES] if _cover(home, hidden) else []
     return stand
 
 
@@ -87,9 +105,9 @@ def _cover(home: str, hidden: list[str]) -> bool:
             done &= _mount("/dev/null", path, None, _BIND)
     # Covering the folder above hides the rooms of the others.
     above = os.path.dirname(home)
-    done &= _mount("none", above, "tmpfs", _NOSUID | _NODEV, f"size={SCRATCH}m")
-    if done:
-        os.mkdir(home)
+    if not _mount("none", above, "tmpfs", _NOSUID | _NODEV, f"size={SCRATCH}m"):
+        return False
+    os.mkdir(home)
     return done
 
 

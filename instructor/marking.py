@@ -60,7 +60,8 @@ def grade_class(
                 results.append(done.result())
                 print(f"{number}/{len(waiting)} {_line(results[-1])}", file=sys.stderr)
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            rooms.abandon()
+            pool.shutdown(cancel_futures=True)
             raise
     books.record(course, chapter, {r.student: r.notebook for r in results})
     _compare(results, books.scores(course, chapter))

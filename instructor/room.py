@@ -22,7 +22,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -42,16 +43,22 @@ class Dead(Exception):
 
 
 class Rooms:
-    """Opens rooms. `hidden`: files and folders that no student's code may see."""
+    """Opens rooms.
 
-    def __init__(self, hidden: list[Path] = ()):
+    hidden: files and folders that no student's code may see
+    walls:  False does without those of `confine`, as a system that allows none
+    """
+
+    def __init__(self, hidden: Sequence[Path] = (), walls: bool = True):
         if not hasattr(os, "fork"):
             raise ArgumentError(
                 "students' code cannot be kept apart on this system",
                 "grade on Linux, or on macOS; on Windows use WSL",
             )
-        self.hidden = [str(path) for path in hidden]
+        self.hidden, self.walls = [str(path) for path in hidden], walls
         self.lock = threading.Lock()
+        self.rooms: weakref.WeakSet[Room] = weakref.WeakSet()
+        self.abandoned = False
 
     def __enter__(self) -> Rooms:
         self.base = Path(tempfile.mkdtemp(prefix="kdlib-rooms-")).resolve()
@@ -83,12 +90,21 @@ class Rooms:
         self.process.wait(10)
         shutil.rmtree(self.base, ignore_errors=True)
 
+    def abandon(self) -> None:
+        """End all rooms at once, and open no more."""
+        self.abandoned = True
+        for room in list(self.rooms):
+            with contextlib.suppress(OSError):
+                room.control.shutdown(socket.SHUT_RDWR)
+
     def open(self) -> Room:
         """Raises StorageError where no process can be started."""
+        if self.abandoned:
+            raise StorageError("grading was interrupted", "run the command again")
         talk, theirs = socket.socketpair()
         control, keepers = socket.socketpair()
         home = tempfile.mkdtemp(dir=self.base)
-        order = {"home": home, "hidden": self.hidden}
+        order = {"home": home, "hidden": self.hidden, "walls": self.walls}
         with theirs, keepers, self.lock:
             handles = [theirs.fileno(), keepers.fileno()]
             try:
@@ -101,7 +117,9 @@ class Rooms:
                 "the process that keeps students' code apart did not start",
                 f"run `{sys.executable} -m instructor.inside 0` and read its error",
             )
-        return Room(talk, control, home)
+        room = Room(talk, control, home)
+        self.rooms.add(room)
+        return room
 
 
 def _tests_only() -> list[str]:

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections import Counter
@@ -40,7 +41,7 @@ from instructor import (
 from instructor.__main__ import main as instructor_main
 from instructor.room import Dead, Rooms
 from kdlib.checks import _answers, values
-from kdlib.errors import ArgumentError, DataError
+from kdlib.errors import ArgumentError, DataError, StorageError
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = _answers.chapters()
@@ -515,6 +516,43 @@ def test_the_walls_that_are_said_to_stand_do(rooms, room):
     assert path.read_text() == "100"
 
 
+def test_a_system_without_walls_still_throws_the_process_away(rooms):
+    with Rooms([rooms.secret], walls=False) as plain, plain.open() as room:
+        assert room.stand == []
+        start = (
+            "import os, time\n"
+            "if os.fork() == 0:\n"
+            "    time.sleep(600)\n"
+            "from kdlib.checks import ch04"
+        )
+        assert "closed while answers are graded" in room.cell(start, "cell 1").error
+        (home,) = plain.base.iterdir()
+        mine = [p for p in psutil.process_iter() if _works_in(p, home)]
+        assert len(mine) >= 3  # the keeper, the student's, and what that one started
+        room.__exit__()
+        assert gone(home)
+
+
+def gone(folder):
+    """Whether no process works there any more; some seconds are given."""
+    for _ in range(100):
+        if not any(_works_in(p, folder) for p in psutil.process_iter()):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_all_rooms_end_when_grading_is_interrupted(rooms):
+    with Rooms() as others:
+        room = others.open()
+        busy = threading.Timer(0.3, others.abandon)
+        busy.start()
+        with pytest.raises(Dead):
+            room.cell("import time\ntime.sleep(600)", "cell 1")
+        with pytest.raises(StorageError):
+            others.open()
+
+
 def test_memory_processes_and_handles_have_limits(room):
     hungry = "try:\n    x = bytearray(3 << 30)\nexcept MemoryError:\n    x = None"
     room.cell(hungry, "cell 1")
@@ -550,12 +588,7 @@ def test_no_room_outlives_its_grader(tmp_path):
     )
     home = done.stdout.strip()
     assert home, done.stderr
-    for _ in range(200):
-        left = [p for p in psutil.process_iter() if _works_in(p, Path(home).parent)]
-        if not left:
-            break
-        time.sleep(0.1)
-    assert left == []
+    assert gone(Path(home).parent)
     shutil.rmtree(Path(home).parent)
 
 
