@@ -403,9 +403,13 @@ def test_a_line_that_tampers_is_named(source, kind):
 def rooms(tmp_path_factory):
     secret = tmp_path_factory.mktemp("secret")
     (secret / "grades.csv").write_text("100")
-    with Rooms([secret]) as opened:
-        opened.secret = secret
-        yield opened
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KD_TOKEN", "secret")
+        opened = Rooms([secret])
+        opened.__enter__()
+    opened.secret = secret
+    yield opened
+    opened.__exit__()
 
 
 @pytest.fixture
@@ -576,11 +580,14 @@ def test_a_suite_is_put_to_losses_over_there(room):
 def test_no_room_outlives_its_grader(tmp_path):
     """Killed without a chance to clean up."""
     script = (
-        "import os, signal\n"
+        "import os, signal, time\n"
+        "from instructor import wire\n"
         "from instructor.room import Rooms\n"
         "room = Rooms().__enter__().open()\n"
         "print(room.home, flush=True)\n"
-        "room.cell('import time, os; print(1)', 'cell 1')\n"
+        "order = {'do': 'cell', 'source': 'while True: pass', 'name': 'cell 1'}\n"
+        "room.talk.send_bytes(wire.dumps(order))\n"
+        "time.sleep(0.5)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run(
