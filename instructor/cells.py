@@ -13,6 +13,7 @@ from nbformat import NotebookNode
 
 from kdlib import checks
 
+PART = re.compile(r"ex-(\d+)-(\d+)-(answer|check|task)")  # ids of exercises/build.py
 _KEPT = ("%%time", "%%timeit", "%%capture", "%%prun")  # around Python, not in its place
 
 

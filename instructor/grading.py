@@ -13,10 +13,10 @@ import contextlib
 import time
 from dataclasses import dataclass, field
 
-from nbformat import NotebookNode, v4
+from nbformat import NotebookNode
 
-from instructor import tampering
-from instructor.cells import Remark, grade_id, minutes
+from instructor import booked, tampering
+from instructor.cells import Remark, minutes
 from instructor.intake import Submission
 from instructor.laying import Laid, Step
 from instructor.room import Dead, Function, Room, Rooms
@@ -68,7 +68,7 @@ def grade(
     remarks = list(
         dict.fromkeys([*submission.remarks, *laid.remarks, *sitting.remarks])
     )
-    _write(laid.notebook, sitting, remarks)
+    booked.judge(laid.notebook, sitting.verdicts, remarks, sitting.printed)
     handed = submission.notebook
     return Result(
         submission.student,
@@ -237,47 +237,3 @@ class _Sitting(contextlib.AbstractContextManager):
 
 def _first(text: str) -> str:
     return text.partition("\n")[0][:160]
-
-
-# --- Outputs for nbgrader -------------------------------------------------------------
-
-
-def _write(notebook: NotebookNode, sitting: _Sitting, remarks: list[Remark]) -> None:
-    """Verdicts as outputs of the checks; nbgrader reads the points from the last."""
-    for cell in notebook.cells:
-        if cell.cell_type != "code":
-            continue
-        cell.outputs, cell.execution_count = [], None
-        parts = grade_id(cell).split("-")
-        if parts[-1] == "check":
-            verdict = sitting.verdicts[f"{parts[1]}.{parts[2]}"]
-            cell.outputs = [
-                v4.new_output("stream", name="stdout", text=verdict.message + "\n"),
-                v4.new_output(
-                    "execute_result", data={"text/plain": repr(verdict.points)}
-                ),
-            ]
-        text = sitting.printed.get(cell.metadata.pop("kdlib_step", ""), "")
-        if text:
-            cell.outputs = [v4.new_output("stream", name="stdout", text=text + "\n")]
-    notebook.cells.insert(0, v4.new_markdown_cell(_summary(sitting.verdicts, remarks)))
-    for number, cell in enumerate(notebook.cells):
-        cell["id"] = f"cell-{number}"
-
-
-def _summary(verdicts: dict[str, Verdict], remarks: list[Remark]) -> str:
-    heads = " &emsp; | ".join(["question", "outcome", "points", "likely bug"])
-    lines = [f"| {heads} |", "|---|---|---|---|"]
-    lines += [
-        f"| {v.question} | {v.outcome} | {v.points:g} of {v.out_of:g} | {v.bug or ''} |"
-        for v in verdicts.values()
-    ]
-    if remarks:
-        lines += ["", "What the grader noticed:", ""]
-        lines += [f"- {_escaped(remark.said)}" for remark in remarks]
-    return "\n".join(lines)
-
-
-def _escaped(text: str) -> str:
-    """Shown as it is: no markup of the student's own."""
-    return text.replace("<", "&lt;").replace("$", "&#36;").replace("![", "!&#91;")

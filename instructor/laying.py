@@ -9,19 +9,14 @@ Knows: cells, ids, names. Does not know: whether an answer is right; nothing is 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import nbformat
 from nbformat import NotebookNode
 
-from instructor import tampering
-from instructor.cells import Remark, bare, code, defined, grade_id, plain
+from instructor import booked, tampering
+from instructor.cells import PART, Remark, bare, code, defined, grade_id, plain
 from kdlib.progress import CHECK
 
-LONGEST = 50_000  # characters of one cell that go on to the feedback page
-_ID = re.compile(r"ex-(\d+)-(\d+)-(answer|check|task)")
 _SETUP = 'find_spec("kdlib")'
 
 
@@ -58,22 +53,10 @@ def lay(
 
     familiar: texts (cells.bare) that are no student's own, beside the released ones
     """
-    laid = Laid(_for_the_books(released))
+    laid = Laid(booked.pruned(released))
     if handed is not None:
         _Layer(handed, released, laid, familiar).lay()
     return laid
-
-
-def _for_the_books(released: NotebookNode) -> NotebookNode:
-    """Without what a page of feedback does not need: introduction, setup, hints."""
-    notebook = nbformat.from_dict(released)
-    kept, begun = [], False
-    for cell in notebook.cells:
-        begun = begun or grade_id(cell).endswith("-task")
-        if begun and (cell.cell_type != "code" or code(cell.source)):
-            kept.append(cell)
-    notebook.cells = kept
-    return notebook
 
 
 class _Layer:
@@ -107,7 +90,7 @@ class _Layer:
 
     def _sort(self, place: int, cell: NotebookNode) -> None:
         id, source = grade_id(cell), cell.source
-        match = _ID.fullmatch(id)
+        match = PART.fullmatch(id)
         question = f"{match[1]}.{match[2]}" if match else None
         part = match[3] if match else None
         if match and question not in self.names:
@@ -244,48 +227,14 @@ class _Layer:
         run |= {p for p in self.extra if self.cells[p].cell_type == "code"}
         for place in range(len(self.cells) + 1):
             if place in run:
-                steps.append(Step(plain(self.cells[place].source), _name(place)))
+                steps.append(Step(plain(self.cells[place].source), booked.name(place)))
             steps += [Step(question=q) for q, (_, at) in places.items() if at == place]
         for q, (counted, _) in places.items():
             if counted is not None:
-                self.laid.cells[q] = _name(counted)
-
-    # --- The notebook for the books ---
+                self.laid.cells[q] = booked.name(counted)
 
     def _fill(self, places: dict) -> None:
         counted = {q: place for q, (place, _) in places.items() if place is not None}
-        spare = set(self.extra)
-        spare |= {p for found in self.answers.values() for p in found}
-        spare = sorted(spare - set(counted.values()))
-        cells = []
-        for cell in self.laid.notebook.cells:
-            match = _ID.fullmatch(grade_id(cell))
-            if match and match[3] == "answer":
-                q = f"{match[1]}.{match[2]}"
-                if q in counted:
-                    above = [p for p in spare if p < counted[q]]
-                    cells += self._added(above)
-                    spare = [p for p in spare if p not in above]
-                    cell.source = _cut(self.cells[counted[q]].source)
-                    cell.metadata["kdlib_step"] = _name(counted[q])
-            cells.append(cell)
-        self.laid.notebook.cells = cells + list(self._added(spare))
-
-    def _added(self, places: list[int]) -> Iterator[NotebookNode]:
-        for place in places:
-            cell, text = self.cells[place], _cut(self.cells[place].source)
-            if cell.cell_type == "code":
-                new = nbformat.v4.new_code_cell(text)
-                new.metadata["kdlib_step"] = _name(place)
-                yield new
-            else:
-                yield nbformat.v4.new_markdown_cell(text)
-
-
-def _name(place: int) -> str:
-    return f"cell {place + 1}"
-
-
-def _cut(text: str) -> str:
-    left = len(text) - LONGEST
-    return text if left <= 0 else f"{text[:LONGEST]}\n# ... {left} characters more"
+        own = set(self.extra) | {p for found in self.answers.values() for p in found}
+        own = sorted(own - set(counted.values()))
+        booked.fill(self.laid.notebook, self.cells, counted, own)

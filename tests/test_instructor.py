@@ -642,6 +642,34 @@ def test_what_the_page_and_nbgrader_read(rooms):
     assert "| 4.3 | raised | 0 of 4 |" in result.notebook.cells[0].source
 
 
+SCRIPT = "<script>document.title = 'taken'</script>"
+
+
+@pytest.mark.slow
+def test_no_script_of_a_student_s_runs_in_the_page(tmp_path):
+    """In a note, in what is printed, in an error, in a value, in the file's name."""
+    answers = {
+        "4.1": f"def soft_cross_entropy(s, t):\n    raise ValueError({SCRIPT!r})",
+        "4.3": f"print({SCRIPT!r})\nbest_smoothing = lambda *x: {SCRIPT!r}",
+    }
+    notebook = handed_in.with_answers(CH, answers)
+    note = nbformat.v4.new_markdown_cell(f"{SCRIPT}\n\n[x](javascript:alert(1))")
+    notebook.cells.insert(handed_in.place_of(notebook, "4.2", "answer"), note)
+    put(tmp_path / "in" / "jane" / "a.ipynb", notebook)
+    put(tmp_path / "in" / "jane" / f"{SCRIPT.replace('/', '')}.ipynb", notebook)
+    put(tmp_path / "in" / "bob" / "a.ipynb", notebook)
+    books.release(tmp_path, CH)
+    marking.grade_class(tmp_path, CH, tmp_path / "in", jobs=2)
+    report.show(tmp_path, CH)
+    pages = list(tmp_path.glob("feedback/*/*/*.html")) + list(tmp_path.glob("*.html"))
+    assert len(pages) == 3
+    for page in pages:
+        text = page.read_text()
+        assert "document.title" in text
+        assert "<script>document.title" not in text
+        assert 'href="javascript' not in text
+
+
 def test_a_fault_of_the_grader_is_no_zero_in_silence(rooms, monkeypatch):
     def fault(*_):
         raise KeyError("ours")
