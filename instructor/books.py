@@ -60,6 +60,14 @@ c.Autograde.autograde_preprocessors = [
     p.AssignLatePenalties,
     p.CheckCellMetadata,
 ]
+# The stubs are made already: there is nothing to clear.
+c.GenerateAssignment.preprocessors = [
+    p.LockCells,
+    p.CheckCellMetadata,
+    p.ComputeChecksums,
+    p.SaveCells,
+    p.CheckCellMetadata,
+]
 '''
 
 
@@ -155,13 +163,13 @@ def feedback(course: Path, chapter: str) -> None:
 
 
 def scores(course: Path, chapter: str) -> dict[str, dict[str, float]]:
-    """student -> question -> points, as the gradebook has them."""
+    """student -> question -> the points that nbgrader gave, without changes by hand."""
     found: dict[str, dict[str, float]] = {}
     with Gradebook(f"sqlite:///{course.resolve() / 'gradebook.db'}") as book:
         for submission in book.assignment_submissions(chapter):
             (notebook,) = submission.notebooks
             found[submission.student.id] = {
-                ".".join(grade.name.split("-")[1:3]): float(grade.score)
+                ".".join(grade.name.split("-")[1:3]): float(grade.auto_score)
                 for grade in notebook.grades
             }
     return found

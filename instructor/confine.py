@@ -38,6 +38,7 @@ _KEPT = {  # flags that a remount must repeat, or the kernel refuses it
     "relatime": 1 << 21,
 }
 _DEATH_SIGNAL, _NO_NEW_PRIVILEGES = 1, 38  # prctl
+MOST = 32  # processes and threads at a time
 SCRATCH = 64  # MiB of files that a student's code may write
 
 
@@ -98,7 +99,8 @@ def _cover(home: str, hidden: list[str]) -> bool:
         path = path.encode().decode("unicode_escape")
         held = _mount(None, path, None, _REMOUNT | _BIND | _RDONLY | flags)
         done &= held or path != "/"
-    for path in hidden:
+    # /run holds the sockets of other services, which no network wall closes.
+    for path in [*hidden, "/run"]:
         if os.path.isdir(path):
             done &= _mount("none", path, "tmpfs", _RDONLY)
         elif os.path.exists(path):
@@ -109,6 +111,17 @@ def _cover(home: str, hidden: list[str]) -> bool:
         return False
     os.mkdir(home)
     return done
+
+
+def crowded() -> bool:
+    """Whether the room that this process keeps has too many processes.
+
+    RLIMIT_NPROC would do, but the kernel exempts root from it. The room's /proc, which
+    its keeper sees as well, lists the room's processes alone, and so not the keeper.
+    """
+    if os.path.exists("/proc/self"):
+        return False
+    return sum(name.isdigit() for name in os.listdir("/proc")) > MOST
 
 
 def hold(memory: int, seconds: int) -> None:
@@ -133,7 +146,7 @@ def hold(memory: int, seconds: int) -> None:
     _limit(resource.RLIMIT_NOFILE, 256)
     _limit(resource.RLIMIT_CORE, 0)
     if os.getpid() == 1:  # else it would count all processes of this user
-        _limit(resource.RLIMIT_NPROC, 64)
+        _limit(resource.RLIMIT_NPROC, MOST)
     if hasattr(libc, "prctl"):
         libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
         # capset(2), version 3, for this process: none effective, permitted, inherited.

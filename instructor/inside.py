@@ -101,9 +101,10 @@ def _keep(order: dict, flags: int, talk: int, control: int) -> None:
     status = None
     while status is None:
         hung_up = select.select([control_end], [], [], 0.05)[0]
-        if hung_up:
+        over = hung_up or confine.crowded()
+        if over:
             os.kill(child, signal.SIGKILL)
-        ended, code = os.waitpid(child, 0 if hung_up else os.WNOHANG)
+        ended, code = os.waitpid(child, 0 if over else os.WNOHANG)
         status = code if ended else None
     try:
         os.killpg(child, signal.SIGKILL)  # what it started, where no wall does that
@@ -143,9 +144,11 @@ def _live(connection: Connection, stand: list[str]) -> None:
         else:
             reply = _told(_done(what, request, held, module))
         signal.setitimer(signal.ITIMER_PROF, 0)
-        answer = wire.dumps({**reply, "saw": sorted(saw)})
+        number = request["number"]
+        answer = wire.dumps({**reply, "saw": sorted(saw), "number": number})
         if len(answer) > wire.LARGEST:
-            answer = wire.dumps({"too large": type(held).__name__})
+            large = {"too large": type(held).__name__, "number": number}
+            answer = wire.dumps(large)
         connection.send_bytes(answer)
 
 

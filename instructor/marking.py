@@ -91,8 +91,12 @@ def _out_of_sight(course: Path, folder: Path) -> list[Path]:
     found += [course.resolve(), folder.resolve()]
     if os.environ.get("KD_PRIVATE"):
         found.append(Path(os.environ["KD_PRIVATE"]).expanduser().resolve())
-    # The package itself must stay in sight, whatever folder was named.
-    return [path for path in found if not ROOT.is_relative_to(path)]
+    # Keys and tokens, which an answer could print on its own page of feedback.
+    found += Path.home().glob(".*")
+    # Python and the package must stay in sight, whatever folder was named.
+    needed = [ROOT, *map(Path, [sys.prefix, sys.base_prefix, *filter(None, sys.path)])]
+    needed += [path.resolve() for path in needed]
+    return [p for p in found if not any(path.is_relative_to(p) for path in needed)]
 
 
 # A fault of the grader's own costs nobody else's grade, and is not kept quiet.

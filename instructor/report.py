@@ -38,10 +38,10 @@ def show(course: Path, chapter: str) -> str:
     lines = [f"{chapter}: {len(result['students'])} students", ""]
     for title, rows in tables(result):
         lines += [title, *(_aligned(rows) if rows[1:] else ["  none"]), ""]
-    lines += [walls(result), ""]
     lines += [f"Grades: {course / 'grades.csv'}"]
     lines += [f"A page a student: {course / 'feedback'}/STUDENT/{chapter}/"]
-    return "\n".join([*lines, f"This report: {path}"])
+    lines += [f"This report as a page: {path}", "", walls(result)]
+    return "\n".join(lines)
 
 
 def tables(result: dict) -> list[tuple[str, list[list[str]]]]:

@@ -138,7 +138,7 @@ class Room(contextlib.AbstractContextManager):
         talk.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         talk.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         self.talk, self.control = Connection(talk.detach()), control
-        self.home, self.saw = home, set()
+        self.home, self.saw, self.number = home, set(), 0
         self.dead: str | None = None
         self.stand = self._receive(time.monotonic() + PATIENCE).get("stand", [])
 
@@ -161,11 +161,12 @@ class Room(contextlib.AbstractContextManager):
     def ask(self, request: dict) -> dict:
         if self.dead:
             raise Dead(self.dead)
-        try:
-            self.talk.send_bytes(wire.dumps(request))
-        except OSError:
-            pass  # it has ended; the next line says how
+        self.number += 1
+        with contextlib.suppress(OSError):  # it has ended; the next line says how
+            self.talk.send_bytes(wire.dumps({**request, "number": self.number}))
         reply = self._receive(time.monotonic() + PATIENCE)
+        if reply.get("number") != self.number:  # a copy of the process spoke too
+            self._die("it sent what is no reply")
         saw = reply.get("saw", [])
         if isinstance(saw, list):
             self.saw |= {str(part)[:60] for part in saw[:20]}

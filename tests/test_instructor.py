@@ -473,7 +473,8 @@ def test_a_forged_reply_is_a_value_like_any_other(rooms):
     forge = (
         "import os, struct\n"
         "def f():\n"
-        '    text = b\'{"value": true, "failure": 7, "edited": 99, "wrote": 1}\'\n'
+        '    head = b\'{"number": 3, "value": true, \'\n'
+        '    text = head + b\'"failure": 7, "edited": 99, "wrote": 1}\'\n'
         "    for fd in range(3, 64):\n"
         "        try:\n"
         "            os.write(fd, struct.pack('!i', len(text)) + text)\n"
@@ -565,6 +566,35 @@ def test_memory_processes_and_handles_have_limits(room):
     assert room.cell(text, "cell 2").failure == "raised"
 
 
+def test_a_copy_of_the_process_says_nothing_that_counts(room):
+    copy = "import os\ncopy = os.fork() == 0\nvalue = 'forged' if copy else 'own'"
+    with pytest.raises(Dead, match="no reply"):
+        room.cell(copy, "cell 1")
+        room.look("value")
+
+
+def test_processes_without_end_have_an_end(room):
+    bomb = "import os, time\nwhile os.fork():\n    pass\ntime.sleep(600)"
+    if confine.PROCESSES not in room.stand:
+        pytest.skip("this system shares its processes with the room")
+    try:
+        said = room.cell(bomb, "cell 1").error
+    except Dead as dead:  # root, whom the kernel's own limit does not stop
+        said = str(dead)
+    assert "BlockingIOError" in said or "signal 9" in said
+
+
+def test_keys_and_tokens_are_out_of_sight_and_python_is_not(tmp_path, monkeypatch):
+    for name in (".ssh/id", ".venv/bin/python", ".netrc", "work/notes"):
+        put(tmp_path / name, "secret")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+    hidden = marking._out_of_sight(tmp_path / "course", ROOT.parent)
+    assert {tmp_path / ".ssh", tmp_path / ".netrc"} <= set(hidden)
+    assert tmp_path / ".venv" not in hidden and ROOT.parent not in hidden
+    assert {ROOT / "exercises", tmp_path / "course"} <= set(hidden)
+
+
 def test_a_suite_is_put_to_losses_over_there(room):
     from kdlib.checks import losses, suite
 
@@ -585,8 +615,8 @@ def test_no_room_outlives_its_grader(tmp_path):
         "from instructor.room import Rooms\n"
         "room = Rooms().__enter__().open()\n"
         "print(room.home, flush=True)\n"
-        "order = {'do': 'cell', 'source': 'while True: pass', 'name': 'cell 1'}\n"
-        "room.talk.send_bytes(wire.dumps(order))\n"
+        "order = {'do': 'cell', 'source': 'while True: pass', 'name': ''}\n"
+        "room.talk.send_bytes(wire.dumps({**order, 'number': 1}))\n"
         "time.sleep(0.5)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
