@@ -37,6 +37,7 @@ from nbgrader.preprocessors import (
 )
 from traitlets.config import Config
 
+from instructor import class_seed
 from instructor.cells import grade_id
 from kdlib.errors import DataError
 from kdlib.ledger import write_text
@@ -126,6 +127,7 @@ def release(course: Path, chapter: str) -> Path:
     """The student's notebook of a chapter; enters its questions into the gradebook."""
     notebook = assignment(chapter)
     course.mkdir(parents=True, exist_ok=True)
+    notebook = class_seed.prepare(course, chapter, notebook)
     source = course / "source" / chapter / f"{chapter}.ipynb"
     source.parent.mkdir(parents=True, exist_ok=True)
     write_text(source, nbformat.writes(notebook) + "\n")

@@ -7,7 +7,6 @@ Knows: the order of these. Does not know: what any of them does inside.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
@@ -18,13 +17,12 @@ from pathlib import Path
 
 from nbformat import NotebookNode
 
-from instructor import books, confine
+from instructor import books, class_seed, confine
 from instructor.cells import Remark, bare, grade_id
 from instructor.grading import Result, grade
 from instructor.intake import Submission, collect
 from instructor.laying import Laid, lay
 from instructor.room import ROOT, Rooms
-from kdlib import checks
 from kdlib.checks.frame import Question
 from kdlib.errors import KdlibError
 from kdlib.ledger import write_text
@@ -42,7 +40,7 @@ def grade_class(
     """
     notebook = books.released(course, chapter)
     submissions = collect(folder, chapter)
-    asked = questions(chapter, notebook)
+    asked = questions(chapter, notebook, course)
     familiar = frozenset(bare(cell.source) for cell in books.public(chapter).cells)
     # In this thread alone: ast.parse is not safe in two (python/cpython#106905).
     laid = [_laid(one, notebook, familiar) for one in submissions]
@@ -72,16 +70,14 @@ def grade_class(
     return results
 
 
-def questions(chapter: str, released: NotebookNode) -> dict[str, Question]:
-    """The questions of a released notebook, with what KD_PRIVATE adds to them."""
+def questions(
+    chapter: str, released: NotebookNode, course: Path | None = None
+) -> dict[str, Question]:
+    """The questions of a released notebook, as the course and KD_PRIVATE have them."""
     ids = [grade_id(cell).split("-") for cell in released.cells]
     wanted = [f"{id[1]}.{id[2]}" for id in ids if id[-1] == "check"]
-    known = checks._questions()
-    found = {id: known[id] for id in wanted}
-    if importlib.util.find_spec("instructor.overlay") is not None:
-        overlay = importlib.import_module("instructor.overlay").load(chapter)
-        found = {id: overlay.question(question) for id, question in found.items()}
-    return found
+    known = class_seed.questions(course, chapter)
+    return {id: known[id] for id in wanted}
 
 
 def _out_of_sight(course: Path, folder: Path) -> list[Path]:

@@ -614,7 +614,7 @@ def test_nothing_is_given_away():
     """Not by completion, help or repr."""
     from kdlib.checks import ch01
 
-    assert dir(checks) == ["check", "hint", "solution"] and dir(ch01) == []
+    assert dir(checks) == ["check", "for_class", "hint", "solution"] and dir(ch01) == []
     for question in checks._questions().values():
         shown = [repr(question), str(question), *map(str, dir(question))]
         shown += [command.__doc__ for command in map(checks.__dict__.get, dir(checks))]

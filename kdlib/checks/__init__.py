@@ -7,6 +7,8 @@
 All of it is plain text on stdout, equal every time. Where a class is graded with
 nbgrader (the variable NBGRADER_EXECUTION is set), `check` also returns the points, and
 nbgrader reads them from the cell's last line.
+
+A notebook that was released to a class says so with `checks.for_class`.
 """
 
 from __future__ import annotations
@@ -14,13 +16,16 @@ from __future__ import annotations
 import importlib
 import os
 import textwrap
+from collections.abc import Iterable
+from dataclasses import replace
 
 from kdlib.checks import _answers, frame
 from kdlib.errors import ArgumentError, nearest
 
-__all__ = ["check", "hint", "solution"]
+__all__ = ["check", "for_class", "hint", "solution"]
 
 _shown: dict[str, int] = {}  # hints given so far, by question
+_class: dict = {"salt": "", "hidden": frozenset(), "private": frozenset()}
 
 
 def __dir__() -> list[str]:
@@ -35,13 +40,38 @@ def check(question: str, answer: object) -> float | None:
 
     Raises ArgumentError for a question that does not exist.
     """
+    if _find(question).id in _class["private"]:
+        print(_kept(question))
+        return 0.0 if "NBGRADER_EXECUTION" in os.environ else None
     verdict = grade(question, answer)
     print(verdict.message)
+    if question in _class["hidden"]:
+        print("  Hidden checks run at grading.")
     return verdict.points if "NBGRADER_EXECUTION" in os.environ else None
+
+
+def for_class(
+    salt: str, hidden: Iterable[str] = (), private: Iterable[str] = ()
+) -> None:
+    """From here on, check with a class's letters and numbers.
+
+    salt:    the class's word, as released notebooks have it; "" for the course's own
+    hidden:  questions that get further checks when the class is graded
+    private: questions of the class's own, which only its instructor can check
+    """
+    _class.update(salt=salt, hidden=frozenset(hidden), private=frozenset(private))
+
+
+def _kept(question: str) -> str:
+    name = _find(question).name
+    return f"{question} {name}: your class's own, checked when the class is graded"
 
 
 def hint(question: str) -> None:
     """Print the first hint, the next time the second."""
+    if _find(question).id in _class["private"]:
+        print(_kept(question))
+        return
     hints = _answers.of(_find(question).id)["hints"]
     number = min(_shown.get(question, 0) + 1, len(hints))
     _shown[question] = number
@@ -51,11 +81,32 @@ def hint(question: str) -> None:
 
 def solution(question: str) -> None:
     """Print the solution and the reason behind it."""
-    found = _answers.of(_find(question).id)
+    asked = _find(question)
+    if asked.id in _class["private"]:
+        print(_kept(question))
+        return
+    found = _answers.of(asked.id)
     print(f"Solution of {question}\n")
-    print(found["solution"])
+    print(_redrawn(asked) or found["solution"])
     if found["note"]:
         print("\n" + found["note"])
+
+
+def _redrawn(question: frame.Question) -> str:
+    """The right answer with a class's letters or numbers; "" where none changed."""
+    if isinstance(question, frame.Choice) and question.salt:
+        options = question.options()
+        right = {
+            item: letter
+            for item, letters in options.items()
+            for letter, (said, _) in letters.items()
+            if said
+        }
+        return f"{question.name} = {right}"
+    if isinstance(question, frame.Predict) and question.salt and question.numbers:
+        right = {key: float(f"{x:.3g}") for key, x in question.right().items()}
+        return f"{question.name} = {right}\n\nThe course's own numbers, in words:"
+    return ""
 
 
 def grade(question: str, answer: object) -> frame.Verdict:
@@ -69,7 +120,11 @@ def _find(question: str) -> frame.Question:
         raise ArgumentError(
             f"there is no question {question!r}", nearest(question, known)
         )
-    return known[question]
+    found = known[question]
+    # A function's inputs change when a class is graded, and not before.
+    if _class["salt"] and isinstance(found, (frame.Choice, frame.Predict)):
+        return replace(found, salt=_class["salt"])
+    return found
 
 
 def _questions() -> dict[str, frame.Question]:

@@ -360,24 +360,34 @@ _BATCH = Code(
 
 # --- 1.4: predictions ---
 
+_NUMBERS = {
+    "users": (64, 16, 24, 256),
+    "answers answers_word": (
+        (1e6, "one million"),
+        (2e6, "two million"),
+        (5e6, "five million"),
+        (20e6, "twenty million"),
+    ),
+    "kept": (8, 16, 32, 50),
+}
+
 _SHAPE = _config(32, 4096, 32, num_key_value_heads=8)
-_WEIGHTS, _VOCABULARY, _USERS, _TOKENS = 8.03e9, 128_256, 64, 8192
-_ANSWERS, _KEPT = 1e6, 8
+_WEIGHTS, _VOCABULARY, _TOKENS = 8.03e9, 128_256, 8192
 _GB = 1e9
 
 
-def _gigabytes():
-    cache = _KV_CACHE.truth(_SHAPE, _TOKENS, 2) * _USERS
+def _gigabytes(n):
+    cache = _KV_CACHE.truth(_SHAPE, _TOKENS, 2) * n.users
     return {
         "weights": 2 * _WEIGHTS / _GB,
         "cache": cache / _GB,
-        "all_targets": 2 * _VOCABULARY * _ANSWERS / _GB,
-        "kept_targets": (4 + 2) * _KEPT * _ANSWERS / _GB,
+        "all_targets": 2 * _VOCABULARY * n.answers / _GB,
+        "kept_targets": (4 + 2) * n.kept * n.answers / _GB,
     }
 
 
 def _off(key, factor):
-    return lambda: _gigabytes()[key] * factor
+    return lambda n: _gigabytes(n)[key] * factor
 
 
 _PREDICTION = Predict(
@@ -391,7 +401,11 @@ _PREDICTION = Predict(
             Bug("bits for bytes", "That is in bits.", _off("weights", 8)),
         ),
         "cache": (
-            Bug("one user only", "There are 64 users.", _off("cache", 1 / _USERS)),
+            Bug(
+                "one user only",
+                "There are {users} users.",
+                lambda n: _gigabytes(n)["cache"] / n.users,
+            ),
             Bug(
                 "query heads counted",
                 "Only 8 heads are stored.",
@@ -417,11 +431,17 @@ _PREDICTION = Predict(
             ),
             Bug(
                 "whole vocabulary",
-                "Only the 8 likeliest tokens are kept.",
-                _off("kept_targets", _VOCABULARY / 8 / 3),
+                "Only the {kept} likeliest tokens are kept.",
+                lambda n: _gigabytes(n)["kept_targets"] * _VOCABULARY / n.kept / 3,
             ),
         ),
     },
+    _NUMBERS,
+    (
+        "the KV caches of {users} users",
+        "for each of {answers_word} answer tokens",
+        "only the {kept} likeliest tokens",
+    ),
 )
 
 QUESTIONS = (

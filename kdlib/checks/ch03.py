@@ -523,15 +523,22 @@ _REDUCTION = Code(
 
 # --- 3.4: predictions ---
 
+_NUMBERS = {
+    "length": (20, 10, 40, 64),
+    "words": (50_000, 32_000, 128_000, 250_000),
+    "places": (20, 10, 40, 50),
+    "error": (0.03, 0.01, 0.02, 0.05),
+}
+
 _DAY = 24 * 60 * 60
 
 
-def _costs():
+def _costs(n):
     return {
-        "digits": int(20 * log10(32_000)) + 1,
-        "days": 50_000**3 / 1e9 / _DAY,
-        "mode": 0.9**20,
-        "answers": (1.5 / 0.03) ** 2,
+        "digits": int(n.length * log10(32_000)) + 1,
+        "days": n.words**3 / 1e9 / _DAY,
+        "mode": 0.9**n.places,
+        "answers": (1.5 / n.error) ** 2,
     }
 
 
@@ -544,49 +551,56 @@ _PREDICTION = Predict(
             Bug(
                 "product for the power",
                 "Each place multiplies the number of answers by 32,000.",
-                lambda: int(log10(20 * 32_000)) + 1,
+                lambda n: int(log10(n.length * 32_000)) + 1,
             ),
             Bug(
                 "base and exponent swapped",
-                "There are 20 places with 32,000 choices, not the other way round.",
-                lambda: int(32_000 * log10(20)) + 1,
+                "There are {length} places of 32,000 choices, not the reverse.",
+                lambda n: int(32_000 * log10(n.length)) + 1,
             ),
         ),
         "days": (
-            Bug("seconds", "That is in seconds.", lambda: _costs()["days"] * _DAY),
-            Bug("hours", "That is in hours.", lambda: _costs()["days"] * 24),
+            Bug("seconds", "That is in seconds.", lambda n: _costs(n)["days"] * _DAY),
+            Bug("hours", "That is in hours.", lambda n: _costs(n)["days"] * 24),
             Bug(
                 "one place too few",
                 "Three places, not two.",
-                lambda: _costs()["days"] / 50_000,
+                lambda n: _costs(n)["days"] / n.words,
             ),
             Bug(
                 "one place too many",
                 "Three places, not four.",
-                lambda: _costs()["days"] * 50_000,
+                lambda n: _costs(n)["days"] * n.words,
             ),
         ),
         "mode": (
             Bug(
                 "one token's share",
-                "All 20 tokens must be the favourite.",
-                lambda: 0.9,
+                "All {places} tokens must be the favourite.",
+                lambda n: 0.9,
             ),
-            Bug("divided", "Probabilities multiply.", lambda: 0.9 / 20),
+            Bug("divided", "Probabilities multiply.", lambda n: 0.9 / n.places),
         ),
         "answers": (
             Bug(
                 "square forgotten",
                 "The error of a mean falls with the root of the number of answers.",
-                lambda: 1.5 / 0.03,
+                lambda n: 1.5 / n.error,
             ),
             Bug(
                 "variance over the error",
                 "Square the ratio of both, not the spread alone.",
-                lambda: 1.5**2 / 0.03,
+                lambda n: 1.5**2 / n.error,
             ),
         ),
     },
+    _NUMBERS,
+    (
+        "32,000 tokens, answers of {length}.",
+        "A vocabulary of {words:,} tokens",
+        "0.9 at each of {places} tokens",
+        "a standard error of {error:g}?",
+    ),
 )
 
 QUESTIONS = (

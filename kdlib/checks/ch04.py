@@ -685,23 +685,29 @@ _SHARE = Code(
 
 # --- 4.5: predictions ---
 
-_VOCABULARY, _TORN, _BOLD, _REST = 151_936, 4, 0.97, 0.01
+_NUMBERS = {
+    "torn torn_word others favourite rest": (
+        (4, "four", "three", 0.97, 0.01),
+        (10, "ten", "nine", 0.991, 0.001),
+        (16, "sixteen", "fifteen", 0.985, 0.001),
+        (32, "thirty-two", "thirty-one", 0.969, 0.001),
+    ),
+    "goal": (0.01, 0.001, 0.002, 0.003),
+}
+
+_VOCABULARY = 151_936
 
 
-def _nats():
-    bold = -(math.log(_BOLD) + (_TORN - 1) * math.log(_REST)) / _TORN
-    noise = 1 - 1 / _TORN
+def _nats(n):
+    bold = -(math.log(n.favourite) + (n.torn - 1) * math.log(n.rest)) / n.torn
+    noise = 1 - 1 / n.torn
     return {
         "start": math.log(_VOCABULARY),
-        "best": math.log(_TORN),
+        "best": math.log(n.torn),
         "bold": bold,
         "noise": noise,
-        "labels": noise / 0.01,
+        "labels": noise / n.goal,
     }
-
-
-def _is(value):
-    return lambda: value
 
 
 _PREDICTION = Predict(
@@ -713,64 +719,76 @@ _PREDICTION = Predict(
             Bug(
                 "decimal logarithm",
                 "That is the logarithm to base 10.",
-                _is(math.log10(_VOCABULARY)),
+                lambda n: math.log10(_VOCABULARY),
             ),
             Bug(
                 "floor for the start",
-                "That is the best loss; this student does not know the four.",
-                _is(math.log(_TORN)),
+                "That is the best loss; this student does not know the {torn_word}.",
+                lambda n: math.log(n.torn),
             ),
         ),
         "best": (
-            Bug("decimal logarithm", "That is to base 10.", _is(math.log10(_TORN))),
+            Bug(
+                "decimal logarithm", "That is to base 10.", lambda n: math.log10(n.torn)
+            ),
             Bug(
                 "choices for nats",
                 "That is the number of choices. The loss is its logarithm.",
-                _is(_TORN),
+                lambda n: n.torn,
             ),
         ),
         "bold": (
             Bug(
                 "favourite's loss alone",
                 "That is the loss where the teacher says the favourite.",
-                _is(-math.log(_BOLD)),
+                lambda n: -math.log(n.favourite),
             ),
             Bug(
                 "student's mean",
                 "The teacher draws the tokens, not the student.",
-                _is(-_BOLD * math.log(_BOLD) - 3 * _REST * math.log(_REST)),
+                lambda n: (
+                    -n.favourite * math.log(n.favourite)
+                    - (n.torn - 1) * n.rest * math.log(n.rest)
+                ),
             ),
             Bug(
                 "sum for the mean",
-                "Each of the four counts a quarter.",
-                _is(-(math.log(_BOLD) + 3 * math.log(_REST))),
+                "That adds up the {torn_word}; each counts 1/{torn}.",
+                lambda n: n.torn * _nats(n)["bold"],
             ),
         ),
         "noise": (
             Bug(
                 "largest probability",
                 "That is the sum of squares: subtract it from one.",
-                _is(1 / _TORN),
+                lambda n: 1 / n.torn,
             ),
             Bug(
                 "one entry only",
-                "That is the variance of one entry; there are four.",
-                _is(3 / 16),
+                "That is the variance of one entry; there are {torn_word}.",
+                lambda n: (n.torn - 1) / n.torn**2,
             ),
         ),
         "labels": (
             Bug(
                 "standard deviation",
                 "Noise goes down with n; its root goes down with the root of n.",
-                _is((0.75 / 0.01) ** 0.5),
+                lambda n: _nats(n)["labels"] ** 0.5,
             ),
             Bug(
                 "variance against deviation",
-                "That brings the root of the noise to 0.01.",
-                _is(0.75 / 0.0001),
+                "That brings the root of the noise to {goal:g}.",
+                lambda n: _nats(n)["noise"] / n.goal**2,
             ),
         ),
     },
+    _NUMBERS,
+    (
+        "torn evenly between {torn_word} of them",
+        "gives one of the {torn_word} tokens {favourite:g}",
+        "the other {others} {rest:g};",
+        "until that noise is {goal:g}.",
+    ),
 )
 
 QUESTIONS = (

@@ -340,13 +340,23 @@ _REVERSE = Code(
 
 # --- 7.4: predictions ---
 
+_NUMBERS = {
+    "languages tokens word": (
+        (6, 12, "Six"),
+        (18, 8, "Eighteen"),
+        (20, 10, "Twenty"),
+        (24, 4, "Twenty-four"),
+    ),
+    "kl": (0.15, 0.24, 0.26, 0.27),
+}
 
-def _forecasts():
+
+def _forecasts(n):
     return {
-        "floor": log(6),
-        "per_token": log(6) / 12,
-        "exact": 1 / 6,
-        "recovery": (0.30 - 0.15) / (0.30 - 0.12),
+        "floor": log(n.languages),
+        "per_token": log(n.languages) / n.tokens,
+        "exact": 1 / n.languages,
+        "recovery": (0.30 - n.kl) / (0.30 - 0.12),
     }
 
 
@@ -356,30 +366,48 @@ _PREDICTION = Predict(
     _forecasts,
     {
         "floor": (
-            Bug("probability", "That is no information yet.", lambda: 1 / 6),
-            Bug("count", "That is the number of languages.", lambda: 6.0),
+            Bug(
+                "probability", "That is no information yet.", lambda n: 1 / n.languages
+            ),
+            Bug("count", "That is the number of languages.", lambda n: n.languages),
         ),
         "per_token": (
-            Bug("per answer", "That is for a whole answer.", lambda: log(6)),
+            Bug(
+                "per answer", "That is for a whole answer.", lambda n: log(n.languages)
+            ),
             Bug(
                 "times the tokens",
                 "The floor is one number an answer; its tokens share it.",
-                lambda: 12 * log(6),
+                lambda n: n.tokens * log(n.languages),
             ),
         ),
         "exact": (
             Bug(
                 "all",
                 "Nothing tells it which language is wanted.",
-                lambda: 1.0,
+                lambda n: 1.0,
             ),
-            Bug("a coin", "There are six languages, not two.", lambda: 0.5),
+            Bug("a coin", "There are {languages} languages, not two.", lambda n: 0.5),
         ),
         "recovery": (
-            Bug("floor forgotten", "The floor is not in it.", lambda: 0.5),
-            Bug("share that is left", "That is what was not taken in.", lambda: 1 / 6),
+            Bug(
+                "floor forgotten",
+                "The floor is not in it.",
+                lambda n: (0.30 - n.kl) / 0.30,
+            ),
+            Bug(
+                "share that is left",
+                "That is what was not taken in.",
+                lambda n: (n.kl - 0.12) / 0.18,
+            ),
         ),
     },
+    _NUMBERS,
+    (
+        "{word} languages are asked for",
+        "for answers of {tokens} tokens",
+        "KL {kl:.2f}.",
+    ),
 )
 
 QUESTIONS = (

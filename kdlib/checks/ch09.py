@@ -319,12 +319,18 @@ def _both(response, other):
 
 # --- 9.4: predictions ---
 
+_NUMBERS = {
+    "words": (32_000, 50_257, 128_256, 151_936),
+    "t": (4, 2, 3, 10),
+    "short long": ((10, 90), (5, 95), (20, 80), (4, 96)),
+}
 
-def _readings():
+
+def _readings(n):
     return {
-        "mean": 1 / 32_000,
-        "no_t2": 1 / 16,
-        "short_row": 9.0,
+        "mean": 1 / n.words,
+        "no_t2": 1 / n.t**2,
+        "short_row": n.long / n.short,
         "on_support": 0.5 / exp(1),
     }
 
@@ -335,36 +341,47 @@ _PREDICTION = Predict(
     _readings,
     {
         "mean": (
-            Bug("none", "The vocabulary is in the denominator as well.", lambda: 1.0),
-            Bug(
-                "multiplied", "A mean is smaller than a sum.", lambda: 32_000.0
-            ),
-            Bug(
-                "root", "It is a mean over V, not a norm.", lambda: 32_000**-0.5
-            ),
+            Bug("none", "The vocabulary is in the denominator as well.", lambda n: 1.0),
+            Bug("multiplied", "A mean is smaller than a sum.", lambda n: n.words),
+            Bug("root", "It is a mean over V, not a norm.", lambda n: n.words**-0.5),
         ),
         "no_t2": (
-            Bug("T for T^2", "Both sides are divided by T: squared.", lambda: 1 / 4),
-            Bug("multiplied", "What is left out made it larger.", lambda: 16.0),
-            Bug("none", "Temperature shrinks a divergence.", lambda: 1.0),
+            Bug(
+                "T for T^2", "Both sides are divided by T: squared.", lambda n: 1 / n.t
+            ),
+            Bug("multiplied", "What is left out made it larger.", lambda n: n.t**2),
+            Bug("none", "Temperature shrinks a divergence.", lambda n: 1.0),
         ),
         "short_row": (
-            Bug("alike", "That is what a mean over tokens would give.", lambda: 1.0),
-            Bug("upside down", "The shorter row's token counts for more.",
-                lambda: 1 / 9),
-            Bug("squared", "Each row's mean divides once.", lambda: 81.0),
+            Bug("alike", "That is what a mean over tokens would give.", lambda n: 1.0),
+            Bug(
+                "upside down",
+                "The shorter row's token counts for more.",
+                lambda n: n.short / n.long,
+            ),
+            Bug(
+                "squared",
+                "Each row's mean divides once.",
+                lambda n: (n.long / n.short) ** 2,
+            ),
         ),
         "on_support": (
-            Bug("all of it", "A divergence with a tail would do that.", lambda: 0.5),
+            Bug("all of it", "A divergence with a tail would do that.", lambda n: 0.5),
             Bug(
-                "renormalised", "That is the forward KL without its tail.", lambda: 1.0
+                "renormalised",
+                "That is the forward KL without its tail.",
+                lambda n: 1.0,
             ),
-            Bug(
-                "1/e", "The teacher has half of its mass there.", lambda: exp(-1)
-            ),
+            Bug("1/e", "The teacher has half of its mass there.", lambda n: exp(-1)),
         ),
     },
-)  # fmt: skip
+    _NUMBERS,
+    (
+        "V = {words:,}.",
+        "$T = {t}$",
+        "of {short} and of {long} tokens",
+    ),
+)
 
 
 # --- 9.6: the inverse exercise ---

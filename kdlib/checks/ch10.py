@@ -485,14 +485,20 @@ _PADDING = Code(
 
 # --- 10.5: predictions ---
 
-_N, _V = 4 * 2048, 128_256
+_NUMBERS = {
+    "words": (128_256, 32_000, 50_257, 262_144),
+    "billions": (3, 1, 7, 14),
+    "tflops": (989, 125, 312, 2250),
+}
+
+_N = 4 * 2048
 
 
-def _forecasts():
+def _forecasts(n):
     return {
-        "matrix": 4 * _N * _V / 2**30,
-        "adamw": 12 * 3e9 / 2**30,
-        "tokens_per_s": 0.4 * 989e12 / 6e9,
+        "matrix": 4 * _N * n.words / 2**30,
+        "adamw": 12 * n.billions * 1e9 / 2**30,
+        "tokens_per_s": 0.4 * n.tflops * 1e12 / 6e9,
         "quarter": 16.0,
     }
 
@@ -506,43 +512,51 @@ _PREDICTION = Predict(
             Bug(
                 "16 bits",
                 "That is in bfloat16: float32 takes 4 bytes.",
-                lambda: 2 * _N * _V / 2**30,
+                lambda n: 2 * _N * n.words / 2**30,
             ),
-            Bug("one row", "That is for one row.", lambda: 4 * 2048 * _V / 2**30),
+            Bug(
+                "one row", "That is for one row.", lambda n: 4 * 2048 * n.words / 2**30
+            ),
         ),
         "adamw": (
             Bug(
                 "weights alone",
                 "AdamW keeps two moments for each weight.",
-                lambda: 4 * 3e9 / 2**30,
+                lambda n: 4 * n.billions * 1e9 / 2**30,
             ),
             Bug(
                 "16 bits",
                 "That is with 2 bytes a number.",
-                lambda: 6 * 3e9 / 2**30,
+                lambda n: 6 * n.billions * 1e9 / 2**30,
             ),
         ),
         "tokens_per_s": (
             Bug(
                 "forward pass alone",
                 "Training needs a backward pass, which is twice a forward pass.",
-                lambda: 0.4 * 989e12 / 2e9,
+                lambda n: 0.4 * n.tflops * 1e12 / 2e9,
             ),
             Bug(
                 "at the peak",
                 "That is at an MFU of one.",
-                lambda: 989e12 / 6e9,
+                lambda n: n.tflops * 1e12 / 6e9,
             ),
         ),
         "quarter": (
             Bug(
                 "first order",
                 "A KL is of second order in the distance.",
-                lambda: 4.0,
+                lambda n: 4.0,
             ),
-            Bug("half of the order", "It is not the root.", lambda: 2.0),
+            Bug("half of the order", "It is not the root.", lambda n: 2.0),
         ),
     },
+    _NUMBERS,
+    (
+        "{words:,} words",
+        "A student of {billions} billion parameters. Weights",
+        "a card of {tflops} TFLOP/s",
+    ),
 )
 
 QUESTIONS = (

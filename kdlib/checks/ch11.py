@@ -486,14 +486,20 @@ _ECE = Code(
 
 # --- 11.5: predictions ---
 
+_NUMBERS = {
+    "entries": (64, 16, 128, 256),
+    "billions word": ((2, "Two"), (20, "Twenty"), (30, "Thirty"), (50, "Fifty")),
+    "draws now goal": ((4, 0.3, 0.1), (4, 0.2, 0.05), (8, 0.3, 0.1), (4, 0.5, 0.1)),
+}
 
-def _forecasts():
+
+def _forecasts(n):
     return {
-        "bytes": 64 * 6 + 4,
-        "disk": 2e9 * (64 * 6 + 4) / 1e12,
+        "bytes": n.entries * 6 + 4,
+        "disk": n.billions * 1e9 * (n.entries * 6 + 4) / 1e12,
         "sure": 0.35 / 0.5,
         "below": 0.5 * log(2),
-        "draws": 4 * 9,
+        "draws": n.draws * (n.now / n.goal) ** 2,
     }
 
 
@@ -503,27 +509,57 @@ _PREDICTION = Predict(
     _forecasts,
     {
         "bytes": (
-            Bug("one entry", "That is one entry, and there are 64.", lambda: 6.0),
-            Bug("bits", "That is in bits.", lambda: 3104.0),
-            Bug("whole vocabulary", "That is every token's logit.", lambda: 303_872.0),
+            Bug(
+                "one entry",
+                "That is one entry, and there are {entries}.",
+                lambda n: 6.0,
+            ),
+            Bug("bits", "That is in bits.", lambda n: 8 * (n.entries * 6 + 4)),
+            Bug(
+                "whole vocabulary", "That is every token's logit.", lambda n: 303_872.0
+            ),
         ),
         "disk": (
-            Bug("gigabytes", "A terabyte is a thousand gigabytes.", lambda: 776.0),
-            Bug("one billion", "There are two billion tokens.", lambda: 0.388),
+            Bug(
+                "gigabytes",
+                "A terabyte is a thousand gigabytes.",
+                lambda n: n.billions * (n.entries * 6 + 4),
+            ),
+            Bug(
+                "one billion",
+                "There are {billions} billion tokens.",
+                lambda n: (n.entries * 6 + 4) / 1000,
+            ),
         ),
         "sure": (
-            Bug("as the teacher", "A cut sum does not stop there.", lambda: 0.35),
-            Bug("times the mass", "It divides by the mass.", lambda: 0.175),
+            Bug("as the teacher", "A cut sum does not stop there.", lambda n: 0.35),
+            Bug("times the mass", "It divides by the mass.", lambda n: 0.175),
         ),
         "below": (
-            Bug("log of the mass", "It is weighted by the mass.", lambda: log(2)),
-            Bug("favourite alone", "Both kept tokens are in the sum.", lambda: 0.125),
+            Bug("log of the mass", "It is weighted by the mass.", lambda n: log(2)),
+            Bug("favourite alone", "Both kept tokens are in the sum.", lambda n: 0.125),
         ),
         "draws": (
-            Bug("deviation as 1/n", "The variance falls as 1/n.", lambda: 12.0),
-            Bug("factor alone", "Nine times as many as the four.", lambda: 9.0),
+            Bug(
+                "deviation as 1/n",
+                "The variance falls as 1/n.",
+                lambda n: n.draws * n.now / n.goal,
+            ),
+            Bug(
+                "factor alone",
+                "That many times the {draws} draws.",
+                lambda n: (n.now / n.goal) ** 2,
+            ),
         ),
     },
+    _NUMBERS,
+    (
+        "{entries} entries a token",
+        "{word} billion tokens of that",
+        "A loss from {draws} draws",
+        "deviation of {now:g}.",
+        "bring it to {goal:g}?",
+    ),
 )
 
 QUESTIONS = (

@@ -394,13 +394,19 @@ _SERVED = Code(
 
 # --- 12.4: predictions ---
 
+_NUMBERS = {
+    "words words_word": ((4, "four"), (3, "three"), (6, "six"), (8, "eight")),
+    "length": (100, 50, 200, 300),
+    "times": (5, 14, 30, 70),
+}
 
-def _forecasts():
+
+def _forecasts(n):
     return {
-        "valid": 2 * 0.5**4,
+        "valid": 2 * 0.5**n.words,
         "seeking": log(2),
-        "survives": 0.99**100,
-        "price": (6 + 2 + 2 * 5) / 6,
+        "survives": 0.99**n.length,
+        "price": (6 + 2 + 2 * n.times) / 6,
     }
 
 
@@ -410,31 +416,37 @@ _PREDICTION = Predict(
     _forecasts,
     {
         "valid": (
-            Bug("all", "The words do not know of each other.", lambda: 1.0),
-            Bug("one answer", "There are two right answers.", lambda: 0.5**4),
-            Bug("a coin", "That is for one word, not four.", lambda: 0.5),
+            Bug("all", "The words do not know of each other.", lambda n: 1.0),
+            Bug("one answer", "There are two right answers.", lambda n: 0.5**n.words),
+            Bug("a coin", "That is for one word, not {words_word}.", lambda n: 0.5),
         ),
         "seeking": (
             Bug(
                 "per word",
                 "All of it is paid at the first word; but it is one number an answer.",
-                lambda: 4 * log(2),
+                lambda n: n.words * log(2),
             ),
         ),
         "survives": (
-            Bug("added", "The mistakes do not all meet in one answer.", lambda: 0.01),
-            Bug("first word", "That is the share for one word.", lambda: 0.99),
+            Bug("added", "The mistakes do not all meet in one answer.", lambda n: 0.01),
+            Bug("first word", "That is the share for one word.", lambda n: 0.99),
         ),
         "price": (
-            Bug("teacher forgotten", "The teacher reads it, too.", lambda: 8 / 6),
+            Bug("teacher forgotten", "The teacher reads it, too.", lambda n: 8 / 6),
             Bug(
                 "teacher trained",
                 "The teacher takes no step: it reads once, forwards.",
-                lambda: (6 + 2 + 6 * 5) / 6,
+                lambda n: (6 + 2 + 6 * n.times) / 6,
             ),
-            Bug("nothing", "Somebody has to write and to read.", lambda: 1.0),
+            Bug("nothing", "Somebody has to write and to read.", lambda n: 1.0),
         ),
     },
+    _NUMBERS,
+    (
+        "one of two answers of {words_word} words",
+        "its answers of {length} words",
+        "The teacher has {times} times",
+    ),
 )
 
 QUESTIONS = (

@@ -288,13 +288,19 @@ _FALSE = Code(
 
 # --- 14.4: predictions ---
 
+_NUMBERS = {
+    "deviation": (0.04, 0.02, 0.08, 0.1),
+    "inputs": (400, 100, 2500, 10_000),
+    "ideas ideas_word": ((20, "Twenty"), (3, "Three"), (5, "Five"), (10, "Ten")),
+}
 
-def _forecasts():
+
+def _forecasts(n):
     return {
-        "five": t95(4) * 0.04 / sqrt(5),
-        "two": t95(1) * 0.04 / sqrt(2),
-        "inputs": sqrt(0.5 * 0.5 / 400),
-        "tries": 1 - 0.975**20,
+        "five": t95(4) * n.deviation / sqrt(5),
+        "two": t95(1) * n.deviation / sqrt(2),
+        "inputs": sqrt(0.5 * 0.5 / n.inputs),
+        "tries": 1 - 0.975**n.ideas,
         "flops": (6 * 1e8 * 1e7 + 2 * 1e9 * 2e6) / (6 * 1e8 * 1e7),
     }
 
@@ -305,29 +311,47 @@ _PREDICTION = Predict(
     _forecasts,
     {
         "five": (
-            Bug("one seed's spread", "Divide by the root of 5.", lambda: 0.111),
-            Bug("deviation", "That is one standard error.", lambda: 0.0179),
+            Bug(
+                "one seed's spread",
+                "Divide by the root of 5.",
+                lambda n: t95(4) * n.deviation,
+            ),
+            Bug(
+                "deviation",
+                "That is one standard error.",
+                lambda n: n.deviation / sqrt(5),
+            ),
         ),
         "two": (
             Bug(
                 "normal for t",
                 "With two seeds t is 12.7, and not 2.",
-                lambda: 0.0554,
+                lambda n: 1.96 * n.deviation / sqrt(2),
             ),
         ),
         "inputs": (
-            Bug("variance", "That is the variance.", lambda: 0.000625),
-            Bug("deviation of one input", "Divide by the root of 400.", lambda: 0.5),
+            Bug("variance", "That is the variance.", lambda n: 0.5 * 0.5 / n.inputs),
+            Bug(
+                "deviation of one input",
+                "Divide by the root of {inputs:,}.",
+                lambda n: 0.5,
+            ),
         ),
         "tries": (
-            Bug("one try", "There are twenty of them.", lambda: 0.025),
-            Bug("certain", "About one in 40 wins by chance.", lambda: 1.0),
+            Bug("one try", "There are {ideas} of them.", lambda n: 0.025),
+            Bug("certain", "About one in 40 wins by chance.", lambda n: 1.0),
         ),
         "flops": (
-            Bug("teacher trained", "The teacher is not trained.", lambda: 3.0),
-            Bug("sizes alone", "It reads a fifth of the tokens.", lambda: 11.0),
+            Bug("teacher trained", "The teacher is not trained.", lambda n: 3.0),
+            Bug("sizes alone", "It reads a fifth of the tokens.", lambda n: 11.0),
         ),
     },
+    _NUMBERS,
+    (
+        "a sample deviation of {deviation:g}.",
+        "tested on {inputs:,}.",
+        "{ideas_word} ideas that do nothing",
+    ),
 )
 
 QUESTIONS = (

@@ -290,9 +290,13 @@ class Predict(Question):
 
 @dataclass(frozen=True, repr=False)
 class Choice(Question):
-    """One letter an item; the options and their reasons stand in the data file."""
+    """One letter an item; the options and their reasons stand in the data file.
+
+    own: item -> letter -> [whether it is right, why], where they stand nowhere else
+    """
 
     items: str
+    own: Mapping[str, Mapping[str, Sequence]] = field(default_factory=dict)
 
     @property
     def out_of(self) -> float:
@@ -300,7 +304,7 @@ class Choice(Question):
 
     def letters(self) -> dict[str, dict[str, str]]:
         """Item -> the class's letter -> the course's letter."""
-        options = _answers.of(self.id)["options"]
+        options = self.own or _answers.of(self.id)["options"]
         return {
             item: redraw.letters(self.id, item, options[item], self.salt)
             for item in self.items
@@ -308,7 +312,7 @@ class Choice(Question):
 
     def options(self) -> dict[str, dict[str, list]]:
         """Item -> the class's letter -> [whether it is right, why]."""
-        known = _answers.of(self.id)["options"]
+        known = self.own or _answers.of(self.id)["options"]
         return {
             item: {letter: known[item][own] for letter, own in moved.items()}
             for item, moved in self.letters().items()
