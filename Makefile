@@ -19,7 +19,7 @@ TESTS := .venv/tests-$(call checksum,requirements*.txt constraints.txt)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help quickstart lab test check lint colab outdated notebooks site \
-  release grade report clean
+  release grade report slides clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile

@@ -31,6 +31,7 @@ from kdlib.ledger import write_text
 
 _ITEM = re.compile(r"^\*\*([a-z])\.\*\* ")
 _OPTION = re.compile(r"^- \*\*([A-Z])\*\* ", re.M)
+_BADGE = re.compile(r"\[!\[Open in Colab\].*\n\n")
 _REASON = re.compile(r"\n  > (?:right|wrong): .*(?:\n  > .*)*")
 
 
@@ -143,6 +144,8 @@ def rewritten(
         elif isinstance(question, Predict):
             task = _cell(new, f"{part}-task")
             task.source = renumbered(task.source, question)
+    # The badge opens the public notebook, with other letters and numbers.
+    new.cells[0].source = _BADGE.sub("", new.cells[0].source)
     imports = _cell(new, f"{chapter}-imports")
     given = [repr(word(seed)).replace("'", '"')]
     given += [f"{key}={ids}".replace("'", '"') for key, ids in promised.items() if ids]
