@@ -64,6 +64,9 @@ grade: $(TEACHING) ## CH=04 SUBMISSIONS=folder: grades.csv, a page a student, a 
 report: $(TEACHING) ## CH=04: the class at a glance, as it was graded last
 	$(PY) -m instructor report "$(CH)" --course "$(CLASS)"
 
+slides: $(TEACHING) ## CH=04, or nothing for all: slides/*.html, which open offline
+	$(PY) -m instructor.slides $(CH)
+
 clean: ## remove .venv, the site and every cache (runs/ and quickstart/ stay)
 	rm -rf .venv .venv-colab .venv-newest _site .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -66,7 +66,7 @@ def main() -> None:
         server.send(b"+")
 
 
-def _silent(*_: object) -> None:
+def _silent(*_: object, **__: object) -> None:
     print("kdlib.checks says nothing while answers are graded.")
 
 

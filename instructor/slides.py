@@ -59,26 +59,31 @@ class Slide:
     def height(self) -> int:
         return sum(part.height for part in self.parts)
 
+    @property
+    def bare(self) -> bool:
+        return all(part.heading for part in self.parts)
+
 
 def slides(notebook: NotebookNode) -> list[Slide]:
-    """The notebook's slides, in order. None is empty, and none is a heading alone."""
+    """The notebook's slides, in order."""
     found: list[Slide] = []
-    title = section = None
+    section: Part | None = None
     for part in _parts(notebook):
         if part.heading:
-            title = part
             if not part.cell.source.endswith("Predict") or section is None:
                 section = part
-            found.append(Slide([part]))
+            begun = found and found[-1].bare and found[-1] is not found[0]
+            if begun:  # a heading right below another one
+                found[-1].parts.append(part)
+            else:
+                found.append(Slide([part]))
             continue
-        last = found[-1] if found else Slide()
-        if not found or last.height + part.height > HEIGHT:
-            # A heading with nothing below it takes what comes, however high.
-            if not (found and [last.parts[0]] == last.parts and last.parts[0] is title):
-                last = Slide([_again(section)] if section else [])
-                found.append(last)
-        last.parts.append(part)
-    return [slide for slide in found if len(slide.parts) > 1 or slide is found[0]]
+        # A heading with nothing below it takes what comes, however high.
+        full = found and found[-1].height + part.height > HEIGHT
+        if not found or full and not found[-1].bare:
+            found.append(Slide([_again(section)] if section else []))
+        found[-1].parts.append(part)
+    return found
 
 
 def _again(title: Part) -> Part:

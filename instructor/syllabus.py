@@ -11,6 +11,7 @@ the reader.
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import sys
 from pathlib import Path
@@ -48,6 +49,11 @@ _NAMED = re.compile(r"\b[Cc]hapter (\d+)(?! \(arXiv)")
 _BOOK = "(arXiv:2501.09223), at chapter 3"
 
 
+@functools.cache
+def _chapters() -> list[contents.Chapter]:
+    return contents.chapters()
+
+
 def builds_on(number: int, texts: list[str]) -> list[int]:
     """The earlier chapters that the texts name, in order."""
     words = " ".join(" ".join(texts).split()).replace(_BOOK, "")
@@ -55,10 +61,11 @@ def builds_on(number: int, texts: list[str]) -> list[int]:
     return sorted(other for other in named if other < number)
 
 
+@functools.cache
 def prerequisites() -> dict[int, list[int]]:
     """Chapter -> what it builds on."""
     found = {}
-    for chapter in contents.chapters():
+    for chapter in _chapters():
         sources = [
             ROOT / "notebooks" / "src" / f"{chapter.name}.py",
             ROOT / "exercises" / "src" / f"ch{chapter.number:02}.py",
@@ -81,7 +88,7 @@ def chapter_table() -> str:
         "|---|---|---|---|---|---|",
     ]
     needed = prerequisites()
-    for item in contents.chapters():
+    for item in _chapters():
         row = [
             f"[{item.number} · {item.title}](../notebooks/{item.name}.ipynb)",
             ", ".join(map(str, needed[item.number])) or "none",
@@ -95,7 +102,7 @@ def chapter_table() -> str:
 
 
 def syllabus_table(weeks: int) -> str:
-    known = {item.number: item for item in contents.chapters()}
+    known = {item.number: item for item in _chapters()}
     lines = [
         "| week | chapters | reading | exercises | together |",
         "|---|---|---|---|---|",
