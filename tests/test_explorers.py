@@ -10,6 +10,7 @@ import base64
 import io
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from kdlib.explorers.context import CONTEXTS, WORDS, context
 from kdlib.explorers.directions import MODES, PLACES, directions
 from kdlib.explorers.frame import WIDGET, Explorer, axes_of, new_figure, slider
 from kdlib.explorers.landscape import landscape
+from kdlib.explorers.live_run import SAVE_EVERY, live_run
 from kdlib.explorers.microscope import microscope
 from kdlib.explorers.mixtures import mixtures
 from kdlib.explorers.sparse import SAMPLED, sparse
@@ -73,6 +75,7 @@ MAKERS = {
         [d.english for d in localize.load_split("test", kinds=["date"])[:2]],
     ),
     "sparse": lambda w: sparse(w["tokenizer"], w["student"][0], w["told"][0]),
+    "live_run": lambda w: live_run(phone.Data(), 30),
     "microscope": lambda w: microscope(
         w["tokenizer"],
         w["batch"],
@@ -166,8 +169,10 @@ def test_the_output_has_a_widget_a_picture_and_a_text_without_numbers(made, name
 def test_the_widget_holds_all_its_parts_and_each_control_has_a_name(made, name):
     explorer = made(name)
     parts = list(explorer.widget.children)
+    buttons = [part for part in parts if type(part).__name__ == "HBox"]
     assert parts[1:] == [
         *explorer.controls.values(),
+        *buttons,
         explorer.words,
         explorer.picture,
     ]
@@ -259,7 +264,8 @@ def widths(explorer):
 
 
 def xy(line):
-    return np.array(line.get_xdata(), float), np.array(line.get_ydata(), float)
+    both = line.get_xdata(), line.get_ydata()
+    return tuple(np.array([float(x) for x in data]) for data in both)
 
 
 @pytest.mark.parametrize("T", [0.5, 1.0, 4.0])
@@ -502,3 +508,120 @@ def test_context_draws_what_bayes_says(made, world):
     assert xy(loss)[1][WORDS] < 1e-6 and abs(xy(floor)[1][WORDS]) < 1e-6
     gain = artists(explorer, "Line2D")[1]
     assert xy(gain)[1][0] == xy(loss)[1][0]
+
+
+# --- A live run ---
+
+
+def press(explorer, name):
+    row = next(x for x in explorer.widget.children if type(x).__name__ == "HBox")
+    next(x for x in row.children if x.description == name).click()
+
+
+def wait_for(explorer, text, seconds=240):
+    end = time.monotonic() + seconds
+    while text not in explorer.sentence:
+        assert time.monotonic() < end, explorer.sentence
+        time.sleep(0.01)
+
+
+def curves(explorer):
+    return [xy(line) for line in explorer.moving[1:]]  # without the planned rate
+
+
+def equal(a, b):
+    return all(
+        np.array_equal(x, y) for x, y in zip(sum(a, ()), sum(b, ()), strict=True)
+    )
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(made):
+    explorer = made("live_run")
+    assert "Nothing has been trained" in explorer.sentence
+    move(explorer, rate=4e-3)
+    for name in ("stop", "resume"):
+        press(explorer, name)
+        assert explorer.sentence.startswith("There is no"), explorer.sentence
+    pictures = {explorer.picture.value}
+    press(explorer, "start")
+    wait_for(explorer, "after step 20")
+    pictures.add(explorer.picture.value)
+    press(explorer, "resume")
+    assert "It is running" in explorer.sentence or "All 30" in explorer.sentence
+    wait_for(explorer, "All 30 steps are done")
+    pictures.add(explorer.picture.value)
+    assert len(pictures) == 3
+    whole = curves(explorer)
+    (steps, loss), (at, kl), (_, exact), (_, agreement) = whole
+    np.testing.assert_array_equal(steps, range(1, 31))
+    np.testing.assert_array_equal(at, [0, 10, 20, 30])
+    assert kl[-1] < 0.7 * kl[0] and loss[-1] < 0.7 * loss[0]
+    assert agreement[-1] > agreement[0] and (exact <= 1).all()
+
+    press(explorer, "start")
+    wait_for(explorer, "after step 20")
+    press(explorer, "stop")
+    if "All 30" not in explorer.sentence:  # it may have been faster than we
+        assert f"the checkpoint of step {SAVE_EVERY}" in explorer.sentence or (
+            "the beginning" in explorer.sentence
+        )
+        press(explorer, "resume")
+        wait_for(explorer, "All 30 steps are done")
+    assert equal(curves(explorer), whole)
+    # The slider is for the next start.
+    move(explorer, rate=1e-3)
+    assert "The next start takes 0.001" in explorer.sentence
+    press(explorer, "start")
+    wait_for(explorer, "All 30 steps are done")
+    assert not equal(curves(explorer), whole)
+
+
+@pytest.mark.slow
+def test_an_error_in_the_thread_is_shown_and_the_run_can_go_on(made, monkeypatch):
+    explorer = made("live_run")
+    room = sys.modules["kdlib.explorers.live_run"]
+    with monkeypatch.context() as broken:
+
+        def no_disk(*args, **kwargs):
+            raise OSError(28, "No space left on device")
+
+        broken.setattr(room, "train", no_disk)
+        press(explorer, "start")
+        wait_for(explorer, "The run failed after step 0")
+    assert "No space left on device" in explorer.sentence
+    assert "Resume goes on from the beginning" in explorer.sentence
+    press(explorer, "resume")
+    wait_for(explorer, "All 30 steps are done")
+
+
+@pytest.mark.slow
+def test_a_second_run_stops_the_first(made):
+    first = made("live_run")
+    press(first, "start")
+    second = live_run(phone.Data(), 2)
+    assert "Step" not in first.sentence, first.sentence
+    press(second, "start")
+    wait_for(second, "All 2 steps are done")
+    with pytest.raises(ArgumentError, match="steps=0"):
+        live_run(phone.Data(), 0)
+
+
+@pytest.mark.slow
+def test_python_ends_while_a_run_is_on():
+    code = (
+        "from kdlib import phone\n"
+        "from kdlib.explorers.live_run import live_run\n"
+        "explorer = live_run(phone.Data(), 100_000)\n"
+        "explorer.widget.children[2].children[0].click()\n"
+        "print('on')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, done.stdout) == (0, "on\n"), done.stderr
+    assert "Traceback" not in done.stderr

@@ -10,6 +10,7 @@ as the last line of a notebook's cell:
     context       how much of a context is lost for good as it shrinks?
     sparse        what do k tokens of a teacher leave of its gradient?
     microscope    of which tokens is an example's loss made, and what does each ask for?
+    live_run      what does a run lose when it is stopped and resumed?
 
 Every number comes from the rooms below. ipywidgets and matplotlib are imported when an
 explorer is made, not before.

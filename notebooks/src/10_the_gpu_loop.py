@@ -1371,6 +1371,21 @@ assert weights_of("quiet") == weights_of("doomed")
 # the operating system while a checkpoint is written, and compare the same way
 # (`tests/faults`).
 #
+# Now watch one. The run below is a real one: the running example's student,
+# with a checkpoint every 20 steps. **Predict before you press:** when you stop
+# it between two checkpoints and resume it, where do the curves go on, and do
+# they end anywhere else? Start, stop and resume, and find out what was lost.
+
+# %%
+from kdlib import phone
+from kdlib.explorers.live_run import live_run
+
+live_run(phone.Data())
+
+# %% [markdown]
+# Lost are the steps since the last checkpoint, and they come out the same when
+# they are done again.
+#
 # ### A disk that lies
 #
 # A file can also go bad later. Change one byte of the newest checkpoint:

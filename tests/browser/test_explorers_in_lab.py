@@ -86,3 +86,46 @@ def test_every_control_moves_picture_and_sentence_by_keyboard(name, open_noteboo
             60,
         )
     assert student.complaints() == []
+
+
+def test_a_live_run_is_started_stopped_and_resumed_by_keyboard(open_notebook, lab):
+    student = open_explorer(open_notebook, lab, "live_run")
+    page = student.page
+
+    def says(*words):
+        wait(
+            lambda: any(word in seen(page)[0] for word in words),
+            f"a sentence with {' or '.join(words)}",
+        )
+        return seen(page)
+
+    def press(name):
+        button = page.locator(f'.jp-OutputArea button:text-is("{name}")')
+        for _ in range(5):
+            if button.evaluate("e => e === document.activeElement"):
+                break
+            student.press("Tab")
+        assert button.evaluate("e => e === document.activeElement"), name
+        student.press("Enter")
+
+    says("Nothing has been trained")
+    page.locator(".jp-OutputArea .noUi-handle").focus()
+    student.press("ArrowRight")
+    says("up to 0.008")
+    press("start")
+    first = says("after step 20")
+    assert "Step" in first[0]
+    second = says("after step 40", "after step 50")
+    assert first[1] != second[1]
+    press("stop")
+    stopped = says("Stopped after step")
+    page.wait_for_timeout(1000)
+    assert seen(page) == stopped
+    press("resume")
+    says("Step")
+    wait(lambda: seen(page)[1] != stopped[1], "curves that go on")
+    press_back = page.locator('.jp-OutputArea button:text-is("stop")')
+    press_back.focus()
+    student.press("Enter")
+    says("Stopped after step")
+    assert student.complaints() == []
