@@ -182,8 +182,7 @@ lines_of(take_step, "for group in", "zero_grad")
 # Order by size, and put a number of GiB to each: the student's weights with
 # AdamW's moments; the teacher's weights; what the student's layers keep for
 # the backward pass; the loss.
-
-# %% [markdown]
+#
 # ### By hand
 #
 # For each trained parameter AdamW wants a weight, a gradient and two moments.
@@ -614,8 +613,7 @@ torch.testing.assert_close(wrong * scale, g / g.norm())
 # The wrong order shrinks this gradient to length `limit / scale`. Adam hides
 # it, because it divides by the gradient's own size; the norm in the logs is
 # wrong. In `take_step` above, `unscale_` stands before `clip_grad_norm_`.
-
-# %% [markdown]
+#
 # ## 4 · One step in several bites
 #
 # A batch that does not fit is cut into micro-batches; gradients add up.
@@ -735,8 +733,7 @@ print(f"in windows {padding(bucketed):.0%}")
 # one step, 32 long ones in the next. With a token mean each *step* has the
 # same weight, whatever it holds. With a mean of means over devices that got
 # different buckets, every step is wrong.
-
-# %% [markdown]
+#
 # ## 5 · Compile
 #
 # `torch.compile` traces a module into one graph and fuses its elementwise
