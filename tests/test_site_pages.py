@@ -109,6 +109,14 @@ def test_the_badge_s_picture_is_on_another_host_and_goes(tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", ["notebooks/14_capstone", "exercises/ch01"])
+def test_the_first_code_cell_is_folded_and_no_other(name):
+    cells = make.notebook(ROOT / f"{name}.ipynb").cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    folded = ["hide-input" in cell.metadata.get("tags", []) for cell in code]
+    assert folded == [True] + [False] * (len(code) - 1)
+
+
 # --- Files ---
 
 
