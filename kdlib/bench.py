@@ -35,6 +35,7 @@ from kdlib.measuring import (
     peer_versions,
     synchronize,
 )
+from kdlib.precision import DTYPES, Precision
 
 DIVERGENCES = ("forward_kl", "generalized_jsd", "reverse_kl", "skew_kl")
 # beta of the generalized JSD, the one family that the peers know
@@ -55,6 +56,15 @@ SIZES = {
     "cpu": Size(256, 64, 128, 151_936),
     "mps": Size(1024, 256, 512, 151_936),
 }
+
+
+def usual_size(device: str) -> Size:
+    """SIZES[device]; in float16 on a card that only emulates bfloat16."""
+    size = SIZES[device]
+    if device == "cuda":
+        half = DTYPES[Precision.choose("auto", torch.device(device)).name]
+        size = replace(size, dtype=str(half).removeprefix("torch."))
+    return size
 
 
 class Inputs:
@@ -248,7 +258,7 @@ def bench_loss(
     """Forward plus backward from hidden states, as a ratio to the floor.
 
     device: "cuda", "mps" or "cpu"; None takes CUDA where it is, else the CPU.
-    size:   SIZES[device] unless given; `targets` are judged at that size alone.
+    size:   `usual_size(device)` unless given; `targets` are judged at SIZES[device].
     divergences: all of DIVERGENCES on a GPU, the first two on a CPU, unless given.
     out:    a path for the result as JSON, with provenance.
     command: what the provenance names as the maker, by default the command line.
@@ -269,7 +279,7 @@ def bench_loss(
     divergences = divergences or DIVERGENCES[: 2 if device == "cpu" else None]
     for divergence in divergences:
         get_divergence(divergence)
-    size = size or SIZES[device]
+    size = size or usual_size(device)
     settings = (size, device, repeats or (20 if device == "cuda" else 2))
 
     floor = _measure("floor", "", *settings)
