@@ -122,6 +122,13 @@ def test_pip_lines_name_files_that_exist():
             assert (ROOT / name).is_file(), f"{line!r} names {name}"
 
 
+def test_readme_shows_one_picture_in_words_too():
+    ((words, path),) = re.findall(r"(?<!\[)!\[([^]]*)\]\(([^)]+)\)", README)
+    assert len(words.split()) >= 20  # for who does not see it
+    picture = ROOT / path
+    assert picture in repository_files() and picture.stat().st_size < 100_000
+
+
 def test_ci_runs_the_readmes_test_command():
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     assert "set -euo pipefail" in lines and lines[-1] == "make test"
