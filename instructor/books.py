@@ -15,8 +15,10 @@ runs nothing itself.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
+import sysconfig
 import warnings
 from pathlib import Path
 
@@ -45,6 +47,11 @@ from kdlib.progress import TASK
 
 ROOT = Path(__file__).resolve().parents[1]
 EXERCISES = ROOT / "exercises"
+
+# nbgrader calls its `alembic` by name, and make calls .venv's Python without its PATH.
+os.environ["PATH"] = os.pathsep.join(
+    [sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]
+)
 
 CONFIG = '''\
 """Written by `make release`: nbgrader's own commands work in this folder."""

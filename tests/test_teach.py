@@ -165,7 +165,13 @@ def follow(line, folder, environment=()):
     done = subprocess.run(
         [*line.split(), f"PY={sys.executable}", "TEACHING=", "COURSE="],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder), **dict(environment)},
+        # Like make, without the virtual environment's own programs.
+        env={
+            **os.environ,
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": str(folder),
+            **dict(environment),
+        },
         capture_output=True,
         text=True,
     )
