@@ -138,6 +138,8 @@ def sources() -> dict[str, str | bytes]:
         pages[f"exercises/solutions/{name}"] = solved
     guides = sorted(path for path in DOCS.glob("*.md") if path.stem != "index")
     pages |= {f"docs/{path.name}": path.read_text("utf-8") for path in guides}
+    pictures = sorted((DOCS / "pictures").glob("*.png"))
+    pages |= {f"docs/pictures/{path.name}": path.read_bytes() for path in pictures}
     pages |= results.pages() | reference.pages()
     pages["index.md"] = index(chapters, pages)
     names = set(pages)
