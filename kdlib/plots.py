@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-# Okabe and Ito's colours: told apart with any colour vision.
-BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#999999"
+# Okabe and Ito's blue and orange, told apart with any colour vision, and a grey whose
+# lightness lies halfway between theirs: in a print without colours the three are three.
+BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#8C8C8C"
+# Black on white, said outright: a dark page, or a reader's own dark style, must not
+# take the ground from under black axes.
 STYLE = {
+    "figure.facecolor": "white",
+    "axes.facecolor": "white",
+    "savefig.facecolor": "white",
+    "savefig.transparent": False,
+    "text.color": "black",
+    "axes.edgecolor": "black",
+    "axes.labelcolor": "black",
+    "xtick.color": "black",
+    "ytick.color": "black",
     "figure.dpi": 100,
     "savefig.dpi": 150,
     "font.size": 11,
