@@ -13,6 +13,7 @@ import json
 import os
 import socket
 import subprocess
+import symtable
 import sys
 import time
 import urllib.request
@@ -22,7 +23,8 @@ import nbformat
 
 ROOT = Path(__file__).parents[2]
 WIDGET = "application/vnd.jupyter.widget-view+json"
-PATIENCE = 240  # seconds for what takes a few on a quiet machine
+PATIENCE = 400  # seconds for what takes a few on a quiet machine
+BADGE = "https://colab.research.google.com/assets/colab-badge.svg"  # of first cells
 SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     # All cells are in the page, also those that have been scrolled out of sight.
@@ -133,7 +135,7 @@ class Student:
 
     def _note(self, request) -> None:
         ours = (self.lab.url, self.lab.url.replace("http", "ws"))
-        if not request.url.startswith((*ours, "data:", "blob:", "about:")):
+        if not request.url.startswith((*ours, BADGE, "data:", "blob:", "about:")):
             self.elsewhere.append(request.url)
 
     def _state(self) -> str | None:
@@ -199,7 +201,7 @@ def excerpt(path: Path, number: int, target: Path) -> None:
             continue
         bound, read = names(cell.source)
         if at == number or bound & wanted:
-            wanted |= read
+            wanted = (wanted - bound) | read
             cell.outputs, cell.execution_count = [], None
             kept.insert(0, cell)
     notebook.cells = kept
@@ -207,16 +209,38 @@ def excerpt(path: Path, number: int, target: Path) -> None:
 
 
 def names(source: str) -> tuple[set[str], set[str]]:
-    """Those that a cell binds or changes, and those that it reads."""
+    """Global names that a cell binds, and those that it reads before it does."""
     bound, read = set(), set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Name):
-            (read if isinstance(node.ctx, ast.Load) else bound).add(node.id)
-        elif isinstance(node, ast.alias):
-            bound.add((node.asname or node.name).partition(".")[0])
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
-            bound.add(node.name)
-        elif isinstance(node, ast.Subscript | ast.Attribute):
-            if isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name):
-                bound.add(node.value.id)
+    for statement in in_order(ast.parse(source).body):
+        top = symtable.symtable(ast.unparse(statement), "cell", "exec")
+        here = {s.get_name(): s for s in top.get_symbols()}
+        new = {
+            name
+            for name, symbol in here.items()
+            if symbol.is_assigned() or symbol.is_imported() or symbol.is_namespace()
+        }
+        read |= {name for name, s in here.items() if s.is_referenced()} - bound
+        inner = list(top.get_children())
+        for scope in inner:
+            inner += scope.get_children()
+            free = {s.get_name() for s in scope.get_symbols() if s.is_global()}
+            read |= free - bound - new
+        bound |= new
     return bound, read
+
+
+def in_order(statements):
+    """Statements without blocks, as they are run: a loop binds before its body."""
+    for one in statements:
+        if isinstance(one, ast.For):
+            yield ast.Assign([one.target], one.iter, lineno=0)
+        elif isinstance(one, ast.With):
+            for item in one.items:
+                target = item.optional_vars or ast.Name("_", ast.Store())
+                yield ast.Assign([target], item.context_expr, lineno=0)
+        elif isinstance(one, ast.If | ast.While):
+            yield ast.Expr(one.test)
+        else:
+            yield one
+            continue
+        yield from in_order([*one.body, *getattr(one, "orelse", [])])
