@@ -190,17 +190,18 @@ def excerpt(path: Path, number: int, target: Path) -> None:
     """A notebook of one cell and of the code cells that it needs, not yet run.
 
     They are what a student would run who opens the chapter for this cell alone; to run
-    all of a chapter takes minutes. A cell is needed if it binds a name that a needed
-    cell after it reads.
+    all of a chapter takes minutes. Those up to the one that makes transformers quiet
+    are always needed; another one if it binds a name that a needed cell after it reads.
     """
     notebook = nbformat.read(path, as_version=4)
-    wanted, kept = set(), []
+    quiet = (i for i, x in enumerate(notebook.cells) if "quiet_transf" in x.source)
+    always, wanted, kept = {number, *range(next(quiet) + 1)}, set(), []
     for at in range(number, -1, -1):
         cell = notebook.cells[at]
         if cell.cell_type != "code":
             continue
         bound, read = names(cell.source)
-        if at == number or bound & wanted:
+        if at in always or bound & wanted:
             wanted = (wanted - bound) | read
             cell.outputs, cell.execution_count = [], None
             kept.insert(0, cell)
