@@ -24,7 +24,6 @@ from kdlib.evaluate import response_logits
 from kdlib.explorers.frame import (
     Explorer,
     axes_of,
-    menu,
     new_figure,
     slider,
 )
@@ -177,8 +176,8 @@ def context(teacher, collator: PairCollator, user_inputs: Sequence[str]) -> Expl
         return said
 
     controls = {
-        "user_input": menu("request", list(user_inputs)),
-        "context": menu("instruction", [(c, i) for i, c in enumerate(CONTEXTS)], 0),
+        "user_input": slider("request", list(user_inputs)),
+        "context": slider("instruction", [(c, i) for i, c in enumerate(CONTEXTS)], 0),
         "words": slider("words that are read", list(ks), 4),
     }
     return Explorer(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from kdlib.divergences import get_divergence
-from kdlib.explorers.frame import Explorer, axes_of, menu, new_figure, slider
+from kdlib.explorers.frame import Explorer, axes_of, new_figure, slider
 from kdlib.plots import BLUE, GREY, ORANGE
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def directions() -> Explorer:
         )
 
     controls = {
-        "direction": menu("loss", list(DIRECTIONS)),
+        "direction": slider("loss", list(DIRECTIONS)),
         "middle": slider("start: middle", MIDDLES, 1.0),
         "width": slider("start: width", WIDTHS, 1.0),
     }

@@ -191,27 +191,20 @@ def row_labels(axes: Axes, n: int, size: float = 10) -> list[Text]:
         ]
 
 
-def slider(label: str, options, value):
-    """A slider over values, or (text, value) pairs: arrow keys move it by one."""
+def slider(label: str, options, value=None):
+    """A slider over values, or (text, value) pairs: arrow keys move it by one.
+
+    value: to begin with; the first option where none is given
+
+    For names as well: JupyterLab takes the arrow keys from a drop-down and goes to the
+    next cell.
+    """
     import ipywidgets
 
+    given = {} if value is None else {"value": value}
     return ipywidgets.SelectionSlider(
-        options=options, value=value, description=label, **_wide()
+        options=options, description=label, **given, **_wide()
     )
-
-
-def menu(label: str, options, value=None):
-    """A choice among values, or (text, value) pairs.
-
-    It is a slider too: JupyterLab takes the arrow keys from a drop-down and goes to
-    the next cell.
-    """
-    return slider(label, options, first_of(options) if value is None else value)
-
-
-def first_of(options):
-    first = options[0]
-    return first[1] if isinstance(first, tuple) else first
 
 
 def buttons(names: Sequence[str], press: Callable[[str], None]):

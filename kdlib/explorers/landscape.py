@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kdlib.exact import ExactLM, sequence_forward_kl, token_level
-from kdlib.explorers.frame import Explorer, axes_of, menu, new_figure, slider
+from kdlib.explorers.frame import Explorer, axes_of, new_figure, slider
 from kdlib.plots import BLUE, GREY, ORANGE
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def landscape() -> Explorer:
 
     steps = [*range(0, 10), *range(10, STEPS + 1, 10)]
     controls = {
-        "objective": menu("objective", list(OBJECTIVES)),
+        "objective": slider("objective", list(OBJECTIVES)),
         "le": slider('start: logit of "le"', STARTS, -2.0),
         "mai": slider('start: logit of "mai"', STARTS, -2.0),
         "steps": slider("steps", steps, 20),

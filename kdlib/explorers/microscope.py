@@ -10,7 +10,6 @@ import torch
 
 from kdlib.explorers.frame import (
     Explorer,
-    menu,
     mosaic,
     new_figure,
     row_labels,
@@ -135,8 +134,8 @@ def microscope(
         )
 
     controls = {
-        "student": menu("student", list(student_logits)),
-        "loss": menu("loss", LOSSES),
+        "student": slider("student", list(student_logits)),
+        "loss": slider("loss", LOSSES),
         "token": slider(
             "token",
             [

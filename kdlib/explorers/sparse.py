@@ -11,7 +11,6 @@ from kdlib.divergences import forward_kl
 from kdlib.explorers.frame import (
     Explorer,
     axes_of,
-    menu,
     new_figure,
     row_labels,
     shown,
@@ -124,7 +123,7 @@ def sparse(
         )
 
     controls = {
-        "targets": menu("targets", list(TARGETS)),
+        "targets": slider("targets", list(TARGETS)),
         "k": slider("k", KS, 4),
     }
     return Explorer(

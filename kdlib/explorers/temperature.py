@@ -12,7 +12,6 @@ from kdlib.divergences import cross_entropy, tempered_log_softmax
 from kdlib.explorers.frame import (
     Explorer,
     axes_of,
-    menu,
     new_figure,
     row_labels,
     shown,
@@ -89,7 +88,7 @@ def temperature(
         )
 
     controls = {
-        "place": menu("place", list(places)),
+        "place": slider("place", list(places)),
         "temperature": slider("temperature T", TEMPERATURES, at),
     }
     return Explorer(
